@@ -1,0 +1,1 @@
+"""The ground floor: plans, choices, dispatch, ledger, budgets and the small pieces all rooms share."""

@@ -1,0 +1,30 @@
+"""Mergeable metrics: sums and counts, never means of means."""
+
+import jax.numpy as jnp
+from flax import struct
+
+from dyncomp.core.typing import Array, Float
+
+
+@struct.dataclass
+class Mean:
+    """A mean as a pair of sums that merges exactly over steps, devices and hosts."""
+
+    total: Float[Array, "..."]
+    count: Float[Array, "..."]
+
+    @classmethod
+    def of(cls, values: Float[Array, "..."], weights: Float[Array, "..."] | None = None) -> "Mean":
+        """Weighted sum over all elements of ``values`` (float32)."""
+        values = jnp.asarray(values).astype(jnp.float32)
+        weights = jnp.ones_like(values) if weights is None else weights.astype(jnp.float32)
+        return cls(jnp.sum(values * weights), jnp.sum(jnp.broadcast_to(weights, values.shape)))
+
+    def merge(self, other: "Mean") -> "Mean":
+        """The mean over both sets of elements."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def value(self) -> float:
+        """The mean as a Python float; NaN when nothing was counted."""
+        count = float(self.count)
+        return float(self.total) / count if count else float("nan")

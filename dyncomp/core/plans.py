@@ -1,0 +1,77 @@
+"""Plans: frozen pytrees that say what will be computed. Any dispatch, ledger or plot can read them."""
+
+import jax.numpy as jnp
+from flax import struct
+
+from dyncomp.core.typing import Array, Bool, Float, Int
+
+
+@struct.dataclass
+class RoutePlan:
+    """Which alternatives (experts) each row uses.
+
+    Attributes:
+      experts: int32 [n k], the alternative in each slot; distinct within a row where ``keep`` holds.
+      weights: float32 [n k], the combine weight; gradients reach the scores through it. 0 where not kept.
+      keep: bool [n k], whether the slot is used.
+    """
+
+    experts: Int[Array, "n k"]
+    weights: Float[Array, "n k"]
+    keep: Bool[Array, "n k"]
+
+    def counts(self) -> Int[Array, "n"]:
+        """How many alternatives each row uses, int32."""
+        return jnp.sum(self.keep, axis=-1, dtype=jnp.int32)
+
+    def load(self, num_experts: int) -> Int[Array, "e"]:
+        """How many rows each alternative gets, int32."""
+        index = jnp.where(self.keep, self.experts, num_experts)
+        return jnp.zeros((num_experts + 1,), jnp.int32).at[index].add(1)[:num_experts]
+
+    def one_hot(self, num_experts: int) -> Float[Array, "n e"]:
+        """Combine weights as a dense [n e] matrix (for references and pictures)."""
+        rows = jnp.arange(self.experts.shape[0])[:, None]
+        weights = jnp.where(self.keep, self.weights, 0.0)
+        return (
+            jnp.zeros((self.experts.shape[0], num_experts), jnp.float32)
+            .at[rows, self.experts]
+            .add(weights)
+        )
+
+    def masked(self, mask: Float[Array, "n"] | Bool[Array, "n"]) -> "RoutePlan":
+        """The plan with rows of padding (mask 0) using nothing."""
+        keep = self.keep & mask.astype(bool)[:, None]
+        return RoutePlan(self.experts, jnp.where(keep, self.weights, 0.0), keep)
+
+
+@struct.dataclass
+class KeepPlan:
+    """Which rows stay (tokens that are not skipped, pruned or routed around).
+
+    Attributes:
+      index: int32 [k], rows that stay, padded by repeating row 0.
+      keep: bool [k], whether the entry is real.
+      weights: float32 [k], factor on the unit's output; gradients reach the scores through it.
+    """
+
+    index: Int[Array, "k"]
+    keep: Bool[Array, "k"]
+    weights: Float[Array, "k"]
+
+
+@struct.dataclass
+class ExitPlan:
+    """At which exit each example leaves.
+
+    Attributes:
+      exit: int32 [b]; the final classifier is the last index.
+      scores: float32 [b x], the score that decided at each exit (as far as it is defined).
+    """
+
+    exit: Int[Array, "b"]
+    scores: Float[Array, "b x"]
+
+    def histogram(self, num_exits: int) -> Int[Array, "x"]:
+        """How many examples leave at each exit, int32."""
+        return jnp.zeros((num_exits,), jnp.int32).at[self.exit].add(1)

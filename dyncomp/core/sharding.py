@@ -1,0 +1,104 @@
+"""Logical axes, constraints and `local_op`; the mesh and its table of rules come from `dyncomp.parallel`.
+
+These live on the ground floor because modules of every family name their axes and wrap their kernel calls; which
+mesh axis a name means is decided above, in one table.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from dyncomp.core.typing import Array
+
+AxisNames = Sequence[str | None]
+MeshAxes = str | tuple[str, ...] | None
+
+_RULES: contextvars.ContextVar[Mapping[str, MeshAxes]] = contextvars.ContextVar("rules", default={})
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def axis_rules(rules: Mapping[str, MeshAxes]) -> Iterator[None]:
+    """Sets the table from logical names to mesh axes while tracing; names not in it are replicated."""
+    token = _RULES.set(dict(rules))
+    try:
+        yield
+    finally:
+        _RULES.reset(token)
+
+
+def to_spec(names: AxisNames) -> PartitionSpec:
+    """The partition spec of logical names under the current rules; a mesh axis is used at most once."""
+    used: set[str] = set()
+    entries: list[MeshAxes] = []
+    for name in names:
+        axes = _RULES.get().get(name) if name else None
+        axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        free = tuple(axis for axis in axes if axis not in used)
+        used.update(free)
+        entries.append(free[0] if len(free) == 1 else free or None)
+    return PartitionSpec(*entries)
+
+
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh set by ``jax.set_mesh``, or None on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def constrain(x: Array, names: AxisNames) -> Array:
+    """Asks for the layout that the rules give ``names``; identity without a mesh or inside a `local_op`."""
+    mesh = current_mesh()
+    if mesh is None or mesh.manual_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, to_spec(names))
+
+
+def local_op(
+    fn: Callable[..., Result], in_names: Sequence[AxisNames], out_names: Any
+) -> Callable[..., Result]:
+    """Runs ``fn`` on each device's shard; identity on one device.
+
+    Kernels cannot be partitioned automatically, so every kernel call under a mesh sits in one of these.
+
+    Args:
+      fn: function of arrays.
+      in_names: logical axis names of each argument.
+      out_names: logical axis names of the result, or a pytree of such tuples.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.manual_axes:
+        return fn
+    is_names = lambda node: (
+        isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
+    )
+    out_specs = jax.tree.map(to_spec, out_names, is_leaf=is_names)
+    in_specs = tuple(to_spec(names) for names in in_names)
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=True)
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: Sequence[int],
+    axes: AxisNames,
+    dtype: str = "float32",
+) -> Array:
+    """A parameter with logical axis names; drawn in float32 and stored in ``dtype``."""
+
+    def draw(key: Array, shape: Sequence[int]) -> Array:
+        return init(key, shape, "float32").astype(dtype)
+
+    if len(shape) != len(axes):
+        raise ValueError(
+            f"{name}: {len(shape)} dimensions but {len(axes)} axis names {tuple(axes)}"
+        )
+    boxed = nn.with_logical_partitioning(draw, tuple(axes))
+    return module.param(name, boxed, tuple(shape))
