@@ -1,0 +1,204 @@
+"""Grouped-query attention on the mixer seam."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dyncomp.attention.cache import FullCache, KVCache
+from dyncomp.attention.rope import rope_angles, rotate
+from dyncomp.core.aux import Aux, Count, count
+from dyncomp.core.dtypes import DTypes
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.core.sharding import constrain, param
+from dyncomp.core.typing import Array, Bool, Factory, Float, Int, check_factory
+
+PAIR_BLOCK = 16_384
+"""Pairs are counted as blocks of this many and a remainder, so that sums over a batch stay within int32."""
+
+MAX_LENGTH = 46_340
+"""Longest sequence whose pairs fit int32."""
+
+
+def attend(
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b s g p"],
+    v: Float[Array, "b s g p"],
+    allowed: Bool[Array, "#b t s"] | None,
+) -> Float[Array, "b t h p"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with shared key/value heads (Ainslie et al. 2023).
+
+    Head j reads key/value head ``j // (h / g)``. Scores and softmax are float32. A query that may see nothing gets
+    the mean of all values: finite, and never looked at.
+    """
+    b, t, h, p = q.shape
+    g = k.shape[2]
+    q = q.reshape(b, t, g, h // g, p)
+    scores = jnp.einsum("btgrp,bsgp->bgrts", q, k, preferred_element_type=jnp.float32)
+    scores = scores * jnp.float32(1.0 / math.sqrt(p))
+    if allowed is not None:
+        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bgrts,bsgp->btgrp", weights, v, preferred_element_type=jnp.float32)
+    return mixed.reshape(b, t, h, p).astype(q.dtype)
+
+
+def pair_events(needed: Int[Array, "b"], executed: int) -> dict[str, Count]:
+    """Query-key pairs of each sequence as ``pair_blocks`` (of `PAIR_BLOCK`) and the remaining ``pairs``."""
+    blocks, rest = needed // PAIR_BLOCK, needed % PAIR_BLOCK
+    b = needed.shape[0]
+    return {
+        "pair_blocks": count(jnp.sum(blocks), b * (executed // PAIR_BLOCK)),
+        "pairs": count(jnp.sum(rest), b * (executed % PAIR_BLOCK)),
+    }
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads, optional RoPE and a pluggable cache.
+
+    Events: ``projections`` (per token), ``pair_blocks`` and ``pairs`` (query-key pairs over all heads; causal
+    attention needs the lower triangle among real tokens and executes the full square).
+
+    Attributes:
+      heads: query heads h.
+      kv_heads: key/value heads g, a divisor of h; None means h.
+      head_dim: p; None means d / h.
+      rope_theta: base of RoPE; None for no position signal.
+      causal: a position sees itself and what precedes it.
+      bias: biases on all four projections.
+      cache: factory of a cache policy, called with ``max_length``.
+    """
+
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | None = 10_000.0
+    causal: bool = True
+    bias: bool = False
+    cache: Factory = FullCache
+    dtypes: DTypes = DTypes()
+
+    def sizes(self, d_model: int) -> tuple[int, int, int]:
+        """(h, g, p) for a model width.
+
+        Raises:
+          DyncompError: the heads do not divide each other or the width.
+        """
+        kv_heads = self.kv_heads or self.heads
+        if self.heads % kv_heads:
+            raise DyncompError(
+                f"Attention: heads={self.heads} is not a multiple of kv_heads={kv_heads}"
+            )
+        if self.head_dim is None and d_model % self.heads:
+            raise DyncompError(
+                f"Attention: d_model={d_model} is not a multiple of heads={self.heads}; set head_dim"
+            )
+        return self.heads, kv_heads, self.head_dim or d_model // self.heads
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "#b t"] | None = None,
+        mask: Array | None = None,
+        cache: KVCache | None = None,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "b t d"], Aux]:
+        """Mixes positions.
+
+        Args:
+          x: compute dtype.
+          positions: what RoPE sees; default the place in the sequence. Causality follows the order of x.
+          mask: [b t], 1 (or True) for real tokens; padding is never attended to.
+          cache: keys and values of earlier positions; the extended one is in ``Aux.cache``.
+        """
+        b, t, d = x.shape
+        h, g, p = self.sizes(d)
+        if t > MAX_LENGTH:
+            raise DyncompError(f"Attention: {t} positions; the ledger counts at most {MAX_LENGTH}")
+        start = jnp.int32(0) if cache is None else cache.length
+        earlier = jnp.zeros((b,), jnp.int32) if cache is None else cache.seen()
+        place = (start + jnp.arange(t, dtype=jnp.int32))[None, :]
+        q, k, v = (self._project(x, name, n, p) for name, n in (("q", h), ("k", g), ("v", g)))
+        if self.rope_theta is not None:
+            angles = rope_angles(place if positions is None else positions, p, self.rope_theta)
+            q, k = rotate(q, angles), rotate(k, angles)
+        real = None if mask is None else mask.astype(bool)
+        if cache is None:
+            key_place = place if real is None else jnp.where(real, place, -1)
+        else:
+            cache, k, v, key_place = cache.policy.extend(cache, k, v, real)
+        allowed = self._allowed(place, key_place, everything=cache is None and real is None)
+        mixed = attend(q, k.astype(q.dtype), v.astype(q.dtype), allowed)
+        y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
+        return y, Aux(events=self._events(t, k.shape[1], real, earlier), cache=cache)
+
+    def _allowed(self, place: Array, key_place: Array, *, everything: bool) -> Array | None:
+        """Which keys each query sees, bool [#b t s]; None for all."""
+        if everything and not self.causal:
+            return None
+        seen = (key_place >= 0)[:, None, :]
+        if self.causal:
+            seen = seen & (key_place[:, None, :] <= place[:, :, None])
+        return jnp.broadcast_to(seen, (key_place.shape[0], place.shape[1], key_place.shape[1]))
+
+    def _project(self, x: Array, name: str, heads: int, p: int) -> Array:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
+        axis = "heads" if name == "q" else "kv_heads"
+        dtype = self.dtypes.param
+        kernel = param(
+            self, name, init, (x.shape[-1], heads, p), ("embed", axis, "head_dim"), dtype
+        )
+        y = jnp.einsum("btd,dhp->bthp", x, kernel.astype(x.dtype))
+        if self.bias:
+            zeros = nn.initializers.zeros_init()
+            shift = param(self, f"{name}_bias", zeros, (heads, p), (axis, "head_dim"), dtype)
+            y = y + shift.astype(x.dtype)[None, None]
+        return constrain(y, ("batch", "seq", axis, None))
+
+    def _out(self, mixed: Array, d: int) -> Array:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=2)
+        h, p = mixed.shape[2:]
+        dtype = self.dtypes.param
+        kernel = param(self, "out", init, (h, p, d), ("heads", "head_dim", "embed"), dtype)
+        y = jnp.einsum("bthp,hpd->btd", mixed, kernel.astype(mixed.dtype))
+        if self.bias:
+            shift = param(self, "out_bias", nn.initializers.zeros_init(), (d,), ("embed",), dtype)
+            y = y + shift.astype(y.dtype)[None, None]
+        return y
+
+    def _events(self, t: int, s: int, real: Array | None, earlier: Array) -> dict[str, Count]:
+        """Counts of t new positions that look at s slots, of which ``earlier`` [b] held real tokens before."""
+        b = earlier.shape[0]
+        tokens = (
+            jnp.full((b,), t, jnp.int32) if real is None else jnp.sum(real, axis=1, dtype=jnp.int32)
+        )
+        own = tokens * (tokens + 1) // 2 if self.causal else tokens * tokens
+        needed = own + tokens * earlier
+        return {
+            "projections": count(jnp.sum(tokens), b * t),
+            **pair_events(needed, t * s),
+        }
+
+    def cost(self, d_model: int, length: int) -> dict[str, Cost]:
+        """Price of a token's projections, of a pair and of a block of pairs (the length is in the counts)."""
+        del length
+        h, g, p = self.sizes(d_model)
+        width = (2 * h + 2 * g) * p
+        item = self.dtypes.compute_itemsize
+        pair = Cost(4 * h * p)
+        return {
+            "projections": Cost(2 * d_model * width, (2 * d_model + width) * item),
+            "pair_blocks": pair * PAIR_BLOCK,
+            "pairs": pair,
+        }
+
+    def init_cache(self, d_model: int, batch: int, max_length: int) -> Any:
+        """An empty cache of this layer, in the compute dtype."""
+        check_factory(self.cache, "Attention.cache")
+        _, g, p = self.sizes(d_model)
+        return self.cache(max_length=max_length).init(batch, g, p, self.dtypes.compute)

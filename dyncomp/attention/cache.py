@@ -1,0 +1,95 @@
+"""Key/value caches: a frozen policy (how) and an explicit pytree (what).
+
+A policy has ``init(...) -> state`` and ``extend(state, k, v) -> (state, keys, values, positions)``. The state names
+its policy as static data, so attention needs nothing but the state, and jit can donate it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.typing import Array, Bool, Float, Int
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the positions seen so far.
+
+    Attributes:
+      keys: [b s g p], already rotated; zeros in empty slots.
+      values: [b s g p].
+      positions: int32 [b s], the slot's place in its sequence; -1 where empty or padding.
+      length: int32 [], slots filled, the same for every sequence (ragged prompts are padded and masked).
+      policy: the policy that made it (static).
+    """
+
+    keys: Float[Array, "b s g p"]
+    values: Float[Array, "b s g p"]
+    positions: Int[Array, "b s"]
+    length: Int[Array, ""]
+    policy: Any = struct.field(pytree_node=False)
+
+    def seen(self) -> Int[Array, "b"]:
+        """How many real tokens each sequence holds."""
+        return jnp.sum(self.positions >= 0, axis=1, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class FullCache:
+    """Keeps every key and value.
+
+    Attributes:
+      max_length: slots; prompt and generated tokens together must fit.
+    """
+
+    max_length: int
+
+    def __post_init__(self):
+        if self.max_length < 1:
+            raise DyncompError(f"FullCache.max_length={self.max_length}: give at least 1 slot")
+
+    def init(self, batch: int, kv_heads: int, head_dim: int, dtype: str = "float32") -> KVCache:
+        """An empty cache for ``batch`` sequences."""
+        shape = (batch, self.max_length, kv_heads, head_dim)
+        empty = jnp.full(shape[:2], -1, jnp.int32)
+        zeros = jnp.zeros(shape, dtype)
+        return KVCache(zeros, jnp.zeros(shape, dtype), empty, jnp.int32(0), self)
+
+    def extend(
+        self,
+        cache: KVCache,
+        k: Float[Array, "b t g p"],
+        v: Float[Array, "b t g p"],
+        mask: Bool[Array, "b t"] | None = None,
+    ) -> tuple[KVCache, Float[Array, "b s g p"], Float[Array, "b s g p"], Int[Array, "b s"]]:
+        """Appends t positions; returns the new cache and what attention looks at.
+
+        The fill level is a run-time value, so running past the end while decoding cannot raise; it writes NaN
+        keys instead of silently overwriting the last slots.
+
+        Args:
+          mask: False for padding, which no query will see.
+
+        Raises:
+          DyncompError: t alone exceeds ``max_length``.
+        """
+        new = k.shape[1]
+        if new > self.max_length:
+            raise DyncompError(
+                f"{new} tokens do not fit a cache of {self.max_length}; raise max_length or cut the prompt"
+            )
+        fits = cache.length + new <= self.max_length
+        k = jnp.where(fits, k.astype(cache.keys.dtype), jnp.asarray(jnp.nan, cache.keys.dtype))
+        place = jnp.broadcast_to(cache.length + jnp.arange(new, dtype=jnp.int32), k.shape[:2])
+        place = place if mask is None else jnp.where(mask, place, -1)
+        zero = jnp.int32(0)
+        start = (zero, cache.length, zero, zero)
+        keys = lax.dynamic_update_slice(cache.keys, k, start)
+        values = lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
+        positions = lax.dynamic_update_slice(cache.positions, place, start[:2])
+        state = KVCache(keys, values, positions, cache.length + new, self)
+        return state, keys, values, positions

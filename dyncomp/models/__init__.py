@@ -1,0 +1,21 @@
+"""Backbones with seams."""
+
+from dyncomp.models.block import Block
+from dyncomp.models.decoder_lm import DecoderLM
+from dyncomp.models.group import Group, GroupStack
+from dyncomp.models.layout import apply, is_stacked, stack, unstack
+from dyncomp.models.norm import Norm
+from dyncomp.models.vit import VisionTransformer
+
+__all__ = [
+    "Block",
+    "DecoderLM",
+    "Group",
+    "GroupStack",
+    "Norm",
+    "VisionTransformer",
+    "apply",
+    "is_stacked",
+    "stack",
+    "unstack",
+]

@@ -1,0 +1,123 @@
+"""A decoder-only language model (the Llama layout: RMSNorm, RoPE, grouped-query attention, gated FFN)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dyncomp.core.aux import Aux, count, nest
+from dyncomp.core.dtypes import DTypes
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.core.sharding import constrain, param
+from dyncomp.core.typing import Array, Float, Int
+from dyncomp.models.block import ACTIVATION
+from dyncomp.models.group import Execution, Group, GroupStack, Remat, check_execution
+from dyncomp.models.norm import Norm, NormKind
+
+
+class DecoderLM(nn.Module):
+    """Tokens to next-token logits; what a block does is decided at its seams.
+
+    Attributes:
+      vocab_size: v.
+      d_model: d.
+      groups: the stack of blocks.
+      layers: scan the blocks (fast to compile) or give each its own weights (fast to decode); same numbers. Apply
+        with `dyncomp.models.apply`, which converts the stored, stacked parameters.
+      remat: recompute a period's activations in the backward pass: all, or all but matrix products.
+      tie_embeddings: use the embedding as output projection.
+      norm: kind of the final norm.
+      max_length: refuse longer inputs; None for no limit.
+    """
+
+    vocab_size: int
+    d_model: int
+    groups: Sequence[Group]
+    layers: Execution = "scan"
+    remat: Remat = "none"
+    tie_embeddings: bool = False
+    norm: NormKind = "rms"
+    eps: float = 1e-6
+    max_length: int | None = None
+    dtypes: DTypes = DTypes()
+
+    def setup(self):
+        check_execution(self.layers, self.remat)
+        shape, axes, dtype = (self.vocab_size, self.d_model), ("vocab", "embed"), self.dtypes.param
+        self.embedding = param(self, "embed", nn.initializers.normal(0.02), shape, axes, dtype)
+        self.group = self._stacks()
+        self.final_norm = Norm(self.norm, self.eps, self.dtypes)
+        if not self.tie_embeddings:
+            lecun = nn.initializers.lecun_normal()
+            self.head = param(self, "head", lecun, shape[::-1], axes[::-1], dtype)
+
+    def _stacks(self, **kwargs: Any) -> list[GroupStack]:
+        return [
+            GroupStack(group, self.layers, self.remat, self.dtypes, **kwargs)
+            for group in self.groups
+        ]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        mask: Array | None = None,
+        positions: Int[Array, "#b t"] | None = None,
+        cache: Any = None,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "b t v"], Aux]:
+        """Next-token logits, float32.
+
+        Args:
+          tokens: int32; values in [0, v).
+          mask: [b t], 1 for real tokens.
+          positions: for RoPE; default the place in the sequence.
+          cache: from `init_cache` or a previous call's ``Aux.cache``; tokens then continue it (prefill or decode).
+          capture: "plan" for the plans of the parts, "hidden" for every block's output.
+        """
+        self._check_length(tokens.shape[1])
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtypes.compute)
+        x = constrain(x, ACTIVATION)
+        needed = tokens.size if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
+        seen = count(needed, tokens.size)
+        parts = {"embed": Aux(events={"tokens": seen})}
+        for index, stack in enumerate(self.group):
+            name = f"group_{index}"
+            own = None if cache is None else cache[name]
+            x, parts[name] = stack(x, positions, mask, own, train, capture)
+        parts["head"] = Aux(events={"tokens": seen})
+        return self.classify(x), nest(**parts)
+
+    def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Final norm and output projection, float32 logits."""
+        x = self.final_norm(x)
+        head = self.embedding.T if self.tie_embeddings else self.head
+        logits = jnp.einsum(
+            "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        return constrain(logits, ("batch", "seq", "vocab"))
+
+    def _check_length(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise DyncompError(
+                f"{length} tokens but DecoderLM.max_length={self.max_length}; cut the input or raise it"
+            )
+
+    def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
+        """An empty cache for ``batch`` sequences of up to ``max_length`` tokens, in the layout of ``layers``."""
+        return {
+            f"group_{index}": stack.init_cache(self.d_model, batch, max_length)
+            for index, stack in enumerate(self._stacks(parent=None))
+        }
+
+    def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Any]:
+        """Prices of all events for inputs [b t]."""
+        d, item = self.d_model, self.dtypes.compute_itemsize
+        groups = {
+            f"group_{index}": stack.cost(d, inputs_shape[1])
+            for index, stack in enumerate(self._stacks(parent=None))
+        }
+        head = Cost(2 * d * self.vocab_size, d * item + self.vocab_size * 4)
+        return {"embed": {"tokens": Cost(0, 2 * d * item)}, **groups, "head": {"tokens": head}}

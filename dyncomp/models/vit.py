@@ -1,0 +1,206 @@
+"""A vision transformer (Dosovitskiy et al. 2021) whose stages can be called one by one."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dyncomp.core.aux import Aux, count, nest
+from dyncomp.core.dtypes import DTypes
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.core.sharding import constrain, param
+from dyncomp.core.typing import Array, Float
+from dyncomp.models.block import ACTIVATION
+from dyncomp.models.group import Execution, Group, GroupStack, Remat, check_execution
+from dyncomp.models.norm import Norm, NormKind
+
+Pool = Literal["cls", "mean"]
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches, projects them, adds learned positions and perhaps a class token."""
+
+    patch: int
+    d_model: int
+    class_token: bool
+    dtypes: DTypes = DTypes()
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
+        """Tokens in row-major patch order, the class token first."""
+        rows = patches(images, self.patch).astype(self.dtypes.compute)
+        b, t, width = rows.shape
+        dtype, d, small = self.dtypes.param, self.d_model, nn.initializers.normal(0.02)
+        lecun, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
+        kernel = param(self, "kernel", lecun, (width, d), (None, "embed"), dtype)
+        bias = param(self, "bias", zeros, (d,), ("embed",), dtype)
+        x = rows @ kernel.astype(rows.dtype) + bias.astype(rows.dtype)[None, None]
+        if self.class_token:
+            token = param(self, "cls", small, (d,), ("embed",), dtype).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token[None, None], (b, 1, d)), x], axis=1)
+            t += 1
+        place = param(self, "positions", small, (t, d), (None, "embed"), dtype)
+        return constrain(x + place.astype(x.dtype)[None], ACTIVATION)
+
+
+class Head(nn.Module):
+    """Linear classifier; float32 logits."""
+
+    classes: int
+    dtypes: DTypes = DTypes()
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "b d"]) -> Float[Array, "b c"]:
+        """Class logits."""
+        shape = (features.shape[-1], self.classes)
+        zeros, lecun = nn.initializers.zeros_init(), nn.initializers.lecun_normal()
+        kernel = param(self, "kernel", lecun, shape, ("embed", None), self.dtypes.param)
+        bias = param(self, "bias", zeros, shape[1:], (None,), self.dtypes.param)
+        logits = jnp.matmul(
+            features, kernel.astype(features.dtype), preferred_element_type=jnp.float32
+        )
+        return logits + bias.astype(jnp.float32)[None]
+
+
+class VisionTransformer(nn.Module):
+    """Images to class logits.
+
+    Attributes:
+      classes: c.
+      patch: side of a patch in pixels; divides height and width.
+      d_model: d.
+      groups: the stack of blocks (with a mixer that is not causal).
+      layers: as in `DecoderLM`.
+      pool: classify the class token or the mean of all tokens.
+    """
+
+    classes: int
+    patch: int
+    d_model: int
+    groups: Sequence[Group]
+    layers: Execution = "scan"
+    remat: Remat = "none"
+    pool: Pool = "cls"
+    norm: NormKind = "layer"
+    eps: float = 1e-6
+    dtypes: DTypes = DTypes()
+
+    def setup(self):
+        check_execution(self.layers, self.remat)
+        if self.pool not in ("cls", "mean"):
+            raise DyncompError(f"VisionTransformer.pool={self.pool!r}: use 'cls' or 'mean'")
+        self.patches = PatchEmbed(self.patch, self.d_model, self.pool == "cls", self.dtypes)
+        self.group = self._stacks()
+        self.final_norm = Norm(self.norm, self.eps, self.dtypes)
+        self.head = Head(self.classes, self.dtypes)
+
+    def _stacks(self, **kwargs: Any) -> list[GroupStack]:
+        return [
+            GroupStack(group, self.layers, self.remat, self.dtypes, **kwargs)
+            for group in self.groups
+        ]
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w c"],
+        mask: Array | None = None,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "b c"], Aux]:
+        """Class logits, float32.
+
+        Args:
+          images: float32, any scale the data set uses.
+          mask: [b], 0 for examples that only fill up the batch.
+          capture: "plan" for the plans of the parts, "hidden" for every block's output.
+        """
+        x, aux = self._run(images, mask, train, capture)
+        return self.classify(x), aux
+
+    def features(
+        self, images: Float[Array, "b h w c"], mask: Array | None = None, train: bool = False
+    ) -> tuple[Float[Array, "l b d"], Aux]:
+        """Pooled, final-normed features after every block, in the order of execution (what exits look at)."""
+        _, aux = self._run(images, mask, train, ("hidden",))
+        stacked = []
+        for index, stack in enumerate(self.group):
+            blocks = [
+                aux.plans[f"group_{index}"][f"block_{j}"]["hidden"]
+                for j in range(len(stack.group.blocks))
+            ]
+            order = jnp.stack(blocks, axis=1)  # [repeat, period, b, t, d]
+            stacked.append(order.reshape(-1, *order.shape[2:]))
+        return self.pooled(jnp.concatenate(stacked)), aux.replace(plans={})
+
+    def _run(self, images, mask, train, capture) -> tuple[Array, Aux]:
+        x = self.patches(images)
+        b, t = x.shape[:2]
+        tokens = None if mask is None else jnp.broadcast_to(mask[:, None], (b, t))
+        real = b if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
+        seen = count(real, b)
+        parts = {"embed": Aux(events={"images": seen})}
+        for index, stack in enumerate(self.group):
+            x, parts[f"group_{index}"] = stack(x, None, tokens, None, train, capture)
+        parts["head"] = Aux(events={"images": seen})
+        return x, nest(**parts)
+
+    def embed(self, images: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
+        """Patches to tokens: the first segment."""
+        return self.patches(images)
+
+    def run_block(self, index: int, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Aux]:
+        """Block ``index`` of all groups, alone: a middle segment. Needs ``layers="unroll"``."""
+        for stack in self.group:
+            if index < stack.depth:
+                return stack.run(index, x)
+            index -= stack.depth
+        raise DyncompError(f"block {index} past the last of {self.depth}")
+
+    def pooled(self, x: Float[Array, "*n t d"]) -> Float[Array, "*n d"]:
+        """The final norm, then the class token or the mean over tokens."""
+        if self.pool == "cls":
+            return self.final_norm(x[..., 0, :])
+        return jnp.mean(self.final_norm(x).astype(jnp.float32), axis=-2).astype(x.dtype)
+
+    def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b c"]:
+        """Pool, normalise, classify: the last segment."""
+        return self.head(self.pooled(x))
+
+    @property
+    def depth(self) -> int:
+        """Blocks in total."""
+        return sum(group.repeat * len(group.blocks) for group in self.groups)
+
+    def length(self, inputs_shape: tuple[int, ...]) -> int:
+        """Tokens of an image of shape [b h w c]."""
+        _, h, w, _ = inputs_shape
+        return (h // self.patch) * (w // self.patch) + (self.pool == "cls")
+
+    def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Any]:
+        """Prices of all events for images [b h w c]."""
+        _, h, w, c = inputs_shape
+        d, t, item = self.d_model, self.length(inputs_shape), self.dtypes.compute_itemsize
+        groups = {
+            f"group_{index}": stack.cost(d, t)
+            for index, stack in enumerate(self._stacks(parent=None))
+        }
+        embed = Cost(
+            2 * (h // self.patch) * (w // self.patch) * self.patch**2 * c * d, h * w * c * 4
+        )
+        head = Cost(2 * d * self.classes, d * item + self.classes * 4)
+        return {"embed": {"images": embed}, **groups, "head": {"images": head}}
+
+
+def patches(images: Float[Array, "b h w c"], patch: int) -> Float[Array, "b t m"]:
+    """Non-overlapping patches in row-major order, each flattened to m = patch * patch * c values.
+
+    Raises:
+      DyncompError: the patch does not divide the image.
+    """
+    b, h, w, c = images.shape
+    if h % patch or w % patch:
+        raise DyncompError(f"patch={patch} does not divide an image of {h}x{w}; choose a divisor")
+    grid = images.reshape(b, h // patch, patch, w // patch, patch, c)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
