@@ -1,0 +1,9 @@
+"""Hot operations of conditional computation, free of Flax.
+
+Each folder holds one operation: its public function and forms, a reference that defines it, its price, named cases,
+tests and a benchmark.
+"""
+
+from dyncomp_kernels.grouped_matmul.api import explain, grouped_matmul
+
+__all__ = ["explain", "grouped_matmul"]

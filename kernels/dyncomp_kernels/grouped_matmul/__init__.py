@@ -1,0 +1,1 @@
+"""Grouped matrix product: sorted rows, one weight matrix a group."""

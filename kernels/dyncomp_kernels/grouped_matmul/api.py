@@ -1,0 +1,93 @@
+"""Public function: picks a form when the program is lowered, and defines both gradients once."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dyncomp_kernels.grouped_matmul import ragged, reference, xla
+
+Implementation = Literal["xla", "ragged", "reference"]
+PLATFORM = {"xla": "default", "ragged": "tpu"}
+MISSING = {"cuda": "no form of its own; the portable XLA loop serves"}
+"""Platforms without a form of their own, and what serves them."""
+
+
+def supports(implementation: str, rows, weights, group_sizes) -> str | None:
+    """None when the form can serve these shapes and dtypes, else the reason why not."""
+    if rows.ndim != 2 or weights.ndim != 3 or group_sizes.ndim != 1:
+        return f"needs rows [m k], weights [e k n], sizes [e]; got {rows.shape}, {weights.shape}, {group_sizes.shape}"
+    if rows.shape[1] != weights.shape[1] or weights.shape[0] != group_sizes.shape[0]:
+        return f"shapes disagree: {rows.shape}, {weights.shape}, {group_sizes.shape}"
+    if rows.dtype != weights.dtype:
+        return f"rows are {rows.dtype} but weights {weights.dtype}; cast one"
+    if implementation == "ragged" and jnp.dtype(rows.dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"ragged takes float32 or bfloat16, not {rows.dtype}"
+    return None
+
+
+def explain(rows, weights, group_sizes) -> dict[str, str]:
+    """Which form serves each platform for these arguments (arrays or ShapeDtypeStructs), or why it does not."""
+    said = dict(MISSING)
+    for name, platform in PLATFORM.items():
+        said[platform] = supports(name, rows, weights, group_sizes) or f"{name} serves"
+    return said
+
+
+def grouped_matmul(
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
+    *,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Multiplies each row with its group's matrix.
+
+    Args:
+      rows: [m k], float32 or bfloat16, sorted so that groups are contiguous, group 0 first.
+      weights: [e k n], same dtype.
+      group_sizes: int32 [e], sum <= m; empty groups are fine.
+      implementation: a form by name; None picks by platform when the program is lowered.
+
+    Returns:
+      [m n] in the dtype of ``rows``, accumulated in float32. Rows past sum(group_sizes) are zero. Differentiable in
+      ``rows`` and ``weights``.
+
+    Raises:
+      ValueError: the form cannot serve these arguments; the message has the reason.
+    """
+    for name in (implementation,) if implementation else ("xla",):
+        reason = supports(name, rows, weights, group_sizes)
+        if reason:
+            raise ValueError(f"grouped_matmul ({name}): {reason}")
+    if implementation == "reference":
+        return reference.grouped_matmul(rows, weights, group_sizes)
+    return _matmul(rows, weights, group_sizes.astype(jnp.int32), implementation)
+
+
+def _by_platform(name: str, implementation: Implementation | None, *args: Array) -> Array:
+    if implementation:
+        return getattr({"xla": xla, "ragged": ragged}[implementation], name)(*args)
+    return lax.platform_dependent(*args, tpu=getattr(ragged, name), default=getattr(xla, name))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(rows, weights, group_sizes, implementation):
+    return _by_platform("forward", implementation, rows, weights, group_sizes)
+
+
+def _fwd(rows, weights, group_sizes, implementation):
+    return _matmul(rows, weights, group_sizes, implementation), (rows, weights, group_sizes)
+
+
+def _bwd(implementation, kept, cotangent):
+    rows, weights, group_sizes = kept
+    transposed = weights.transpose(0, 2, 1)
+    d_rows = _by_platform("forward", implementation, cotangent, transposed, group_sizes)
+    d_weights = _by_platform("weight_gradient", implementation, rows, cotangent, group_sizes)
+    return d_rows, d_weights.astype(weights.dtype), None
+
+
+_matmul.defvjp(_fwd, _bwd)
