@@ -1,0 +1,20 @@
+"""Exits: heads, gates, rules, objectives and calibration for networks that may end early."""
+
+from dyncomp.exits.bank import ExitBank
+from dyncomp.exits.gates import ExitGates, gate_features
+from dyncomp.exits.heads import ExitHeads
+from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective
+from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, decide
+
+__all__ = [
+    "ConfidenceRule",
+    "ExitBank",
+    "ExitGates",
+    "ExitHeads",
+    "GateRule",
+    "JointExitObjective",
+    "MultiExitObjective",
+    "PatienceRule",
+    "decide",
+    "gate_features",
+]

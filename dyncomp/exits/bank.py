@@ -1,0 +1,52 @@
+"""Heads and gates of all exits together: what plugs in between the blocks of a backbone."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dyncomp.core.dtypes import DTypes
+from dyncomp.core.ledger import Cost
+from dyncomp.core.typing import Array, Float
+from dyncomp.exits.gates import ExitGates
+from dyncomp.exits.heads import ExitHeads
+
+
+class ExitBank(nn.Module):
+    """Exit heads with a gate each. Parameters: ``heads`` and ``gates``.
+
+    Attributes:
+      exits: y.
+      classes: c.
+      hidden: see `ExitHeads`.
+      gated: whether there are gates; a confidence rule needs none and is not charged for any.
+    """
+
+    exits: int
+    classes: int
+    hidden: int = 0
+    gated: bool = True
+    dtypes: DTypes = DTypes()
+
+    def setup(self):
+        self.heads = ExitHeads(self.exits, self.classes, self.hidden, self.dtypes)
+        if self.gated:
+            self.gates = ExitGates(self.exits, dtypes=self.dtypes)
+
+    def __call__(
+        self, features: Float[Array, "*y b d"], index: int | None = None
+    ) -> tuple[Array, Array]:
+        """(logits [y b c], gate logits [y b]), float32; without the leading axis when ``index`` is given.
+
+        Gate logits are zeros when there are no gates. No gradient flows from a gate into its head.
+        """
+        logits = self.heads(features, index)
+        if self.gated:
+            return logits, self.gates(logits, index)
+        return logits, jnp.zeros(logits.shape[:-1], jnp.float32)
+
+    def cost(self, d_model: int) -> dict[str, Cost]:
+        """Price of one example at one exit: ``heads`` and, if there are any, ``gates``."""
+        heads = ExitHeads(self.exits, self.classes, self.hidden, self.dtypes, parent=None)
+        table = {"heads": heads.cost(d_model)}
+        if self.gated:
+            table["gates"] = ExitGates(self.exits, parent=None).cost(self.classes)
+        return table

@@ -1,0 +1,70 @@
+"""Exit heads: a bank of classifiers, one after each block that may end the network."""
+
+import itertools
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dyncomp.core.dtypes import DTypes
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.core.sharding import param
+from dyncomp.core.typing import Array, Float
+
+
+class ExitHeads(nn.Module):
+    """``y`` classifiers with stacked weights [y d c], linear or with one hidden layer.
+
+    Attributes:
+      exits: y, how many exits there are before the final classifier.
+      classes: c.
+      hidden: width of a GELU layer between features and logits; 0 for a linear head.
+    """
+
+    exits: int
+    classes: int
+    hidden: int = 0
+    dtypes: DTypes = DTypes()
+
+    def __post_init__(self):
+        if self.exits < 1 or self.classes < 2 or self.hidden < 0:
+            raise DyncompError(
+                f"ExitHeads: exits={self.exits}, classes={self.classes}, hidden={self.hidden}; "
+                "use exits >= 1, classes >= 2, hidden >= 0"
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "*y b d"], index: int | None = None) -> Array:
+        """Logits, float32.
+
+        Args:
+          features: normalised features, [y b d] for all exits, or [b d] for exit ``index``.
+          index: static; which exit runs alone (a segment of an executor needs one head only).
+
+        Returns:
+          [y b c], or [b c] when ``index`` is given.
+        """
+        x = features if index is None else features[None]
+        if self.hidden:
+            x = nn.gelu(self._linear("hidden", x, self.hidden, index)).astype(features.dtype)
+        logits = self._linear("logits", x, self.classes, index)
+        return logits if index is None else logits[0]
+
+    def _linear(self, name: str, x: Array, width: int, index: int | None) -> Array:
+        """A batch of products [y b i] x [y i o] with float32 result; exit ``index`` alone if given."""
+        lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 2, batch_axis=(0,))
+        shape, dtype = (self.exits, x.shape[-1], width), self.dtypes.param
+        kernel = param(self, f"{name}_kernel", lecun, shape, ("exits", "embed", None), dtype)
+        zeros = nn.initializers.zeros_init()
+        bias = param(self, f"{name}_bias", zeros, (self.exits, width), ("exits", None), dtype)
+        if index is not None:
+            kernel, bias = kernel[index : index + 1], bias[index : index + 1]
+        y = jnp.einsum("ybi,yio->ybo", x, kernel.astype(x.dtype), preferred_element_type="float32")
+        return y + bias.astype(jnp.float32)[:, None]
+
+    def cost(self, d_model: int) -> Cost:
+        """Price of one example at one head."""
+        widths = [d_model, *([self.hidden] if self.hidden else []), self.classes]
+        flops = sum(2 * i * o for i, o in itertools.pairwise(widths))
+        return Cost(flops, sum(widths) * self.dtypes.compute_itemsize)

@@ -1,0 +1,176 @@
+"""A backbone that may end early: exits between its blocks and a rule that picks one for each example."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dyncomp.core.aux import Aux, Count
+from dyncomp.core.dtypes import DTypes
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.core.typing import Array, Factory, Float, check_factory
+from dyncomp.exits.bank import ExitBank
+from dyncomp.exits.rules import ExitRule, GateRule, decide
+
+PER_TOKEN = ("projections", "tokens", "rows")
+"""Events of a dense block that happen once a position."""
+
+
+class ExitingClassifier(nn.Module):
+    """Classifier with an exit after every block but the last (the sandwich of JEI-DNN, arXiv 2310.09163).
+
+    An exit head reads LN_final(h_l), pooled: the backbone's own final norm, shared. Parameters: ``net``, ``bank``.
+    Controls: ``thresholds`` [y] of the rule, ``pos_weight`` [y] of the gates' loss, ``costs`` [x].
+
+    Attributes:
+      backbone: factory of a network with ``features``, ``embed``, ``run_block``, ``pooled``, ``classify``, ``head``,
+        ``depth``, ``d_model`` and ``cost`` (`VisionTransformer`). Its blocks must be dense: every example costs the same.
+      exits: factory of the bank, called with ``exits``, ``classes`` and ``dtypes``.
+      rule: decides where each example leaves.
+    """
+
+    backbone: Factory
+    exits: Factory = ExitBank
+    rule: ExitRule = GateRule()
+    dtypes: DTypes = DTypes()
+
+    def __post_init__(self):
+        check_factory(self.backbone, "ExitingClassifier.backbone")
+        check_factory(self.exits, "ExitingClassifier.exits")
+        super().__post_init__()
+
+    def setup(self):
+        self.net = self.backbone(dtypes=self.dtypes)
+        if self.net.depth < 2:
+            raise DyncompError("ExitingClassifier: a backbone of one block has no place for an exit")
+        self.bank = self._bank()
+
+    def _bank(self, **kwargs: Any) -> ExitBank:
+        net = self._template
+        return self.exits(exits=net.depth - 1, classes=net.classes, dtypes=self.dtypes, **kwargs)
+
+    @property
+    def _template(self) -> Any:
+        """The backbone without variables, for its static properties."""
+        return self.backbone(dtypes=self.dtypes, parent=None)
+
+    @property
+    def layers(self) -> str:
+        """How the backbone runs its layers; `layout.apply` reads it."""
+        return self._template.layers
+
+    @property
+    def depth(self) -> int:
+        """x: blocks, and exits with the final classifier."""
+        return self._template.depth
+
+    def _controls(self, shape: tuple[int, ...]) -> dict[str, Array]:
+        exits = self.depth - 1
+        start = {
+            "thresholds": lambda: jnp.full((exits,), self.rule.initial(), jnp.float32),
+            "pos_weight": lambda: jnp.ones((exits,), jnp.float32),
+            "costs": lambda: jnp.asarray(self.cumulative_costs(shape), jnp.float32),
+        }
+        return {name: self.variable("controls", name, init).value for name, init in start.items()}
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w c"],
+        mask: Array | None = None,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[dict[str, Array], Aux]:
+        """Runs everything (masked execution) and decides.
+
+        Returns:
+          ``logits`` [x b c], the final classifier's last; ``gates`` [y b] logits; ``exit`` [b] int32; ``emitted``
+          [b c], the logits each example leaves with; ``costs`` [x] and ``pos_weight`` [y] for objectives.
+          Events per example [b]: needed where the example gets that far, executed everywhere.
+        """
+        features, inner = self.net.features(images, mask, train)
+        early, gates = self.bank(features[:-1])
+        logits = jnp.concatenate([early, self.net.head(features[-1])[None]])
+        controls = self._controls(images.shape)
+        plan = decide(self.rule, early, gates, controls["thresholds"])
+        emitted = jnp.take_along_axis(logits, plan.exit[None, :, None], axis=0)[0]
+        output = {"logits": logits, "gates": gates, "exit": plan.exit, "emitted": emitted, **controls}
+        plans = {"exit": plan} if "plan" in capture else {}
+        return output, Aux(inner.losses, self._events(plan.exit, mask), plans)
+
+    def _events(self, exit_index: Array, mask: Array | None) -> dict[str, Any]:
+        """Which segments each example needs: those up to its exit."""
+        real = jnp.ones(exit_index.shape, bool) if mask is None else mask.astype(bool)
+
+        def reached(index: int) -> Count:
+            needed = (exit_index >= index) & real
+            return Count(needed.astype(jnp.int32), jnp.ones(exit_index.shape, jnp.int32))
+
+        return {f"segment_{index}": reached(index) for index in range(self.depth)}
+
+    def begin(self, images: Float[Array, "b h w c"]) -> dict[str, Any]:
+        """What is carried from segment to segment: tokens ``x`` and the rule's ``state``."""
+        return {"x": self.net.embed(images), "state": self.rule.start(images.shape[0])}
+
+    def segment(
+        self, index: int, carry: dict[str, Any], threshold: Float[Array, ""]
+    ) -> tuple[dict[str, Any], Array, Array, Array]:
+        """Block ``index`` and the decision after it; needs ``layers="unroll"`` and unstacked variables.
+
+        Returns:
+          (carry, logits [b c], leave [b] bool, score [b]); all leave after the last block.
+        """
+        x, _ = self.net.run_block(index, carry["x"])
+        if index == self.depth - 1:
+            logits = self.net.classify(x)
+            b = logits.shape[0]
+            return carry, logits, jnp.ones((b,), bool), jnp.full((b,), jnp.nan, jnp.float32)
+        logits, gate = self.bank(self.net.pooled(x), index)
+        state, leave, score = self.rule.step(carry["state"], logits, gate, threshold)
+        return {"x": x, "state": state}, logits, leave, score
+
+    def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Cost]:
+        """Price of each segment for one example: ``segment_i`` is block i with its exit (the first also embeds)."""
+        net = self._template
+        table = net.cost(inputs_shape)
+        blocks = block_prices(table, net, net.length(inputs_shape))
+        bank = self._bank(parent=None).cost(net.d_model)
+        each_exit = sum(bank.values(), Cost(0))
+        prices = [block + each_exit for block in blocks[:-1]]
+        prices.append(blocks[-1] + table["head"]["images"])
+        prices[0] = prices[0] + table["embed"]["images"]
+        return {f"segment_{index}": price for index, price in enumerate(prices)}
+
+    def cumulative_costs(self, inputs_shape: tuple[int, ...]) -> list[float]:
+        """c_l: FLOPs up to and including exit l, its head and gate counted, over those of the whole; the last is 1."""
+        flops = [price.flops for price in self.cost(inputs_shape).values()]
+        return [sum(flops[: index + 1]) / sum(flops) for index in range(len(flops))]
+
+
+def block_prices(table: dict[str, Any], net: Any, length: int) -> list[Cost]:
+    """Price of every block on one example of ``length`` positions, in the order of execution.
+
+    Raises:
+      DyncompError: a block has an event whose count depends on the input.
+    """
+    from dyncomp.attention.attention import PAIR_BLOCK
+    from dyncomp.core.aux import flatten
+
+    pairs = length * length
+    counts = {"pair_blocks": pairs // PAIR_BLOCK, "pairs": pairs % PAIR_BLOCK}
+    counts |= dict.fromkeys(PER_TOKEN, length)
+    prices = []
+    for number, group in enumerate(net.groups):
+        period = []
+        for block in range(len(group.blocks)):
+            total = Cost(0)
+            for path, cost in flatten(table[f"group_{number}"][f"block_{block}"]).items():
+                event = path.rsplit("/", 1)[-1]
+                if event not in counts:
+                    raise DyncompError(
+                        f"exits price dense blocks only; event {path!r} has no fixed count"
+                    )
+                total = total + cost * counts[event]
+            period.append(total)
+        prices.extend(period * group.repeat)
+    return prices

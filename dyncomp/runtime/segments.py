@@ -1,0 +1,108 @@
+"""A network as segments with a decision after each: what the executors run.
+
+A model with exits gives this description for free (`from_model`); any other network can be written down by hand.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.core.typing import Variables
+
+Carry = Any
+"""What is kept of each example between segments: a pytree whose leaves have a leading batch axis."""
+
+
+FREE = Cost(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of a network that ends in a decision.
+
+    Attributes:
+      run: ``(weights, carry, threshold) -> (carry, output, leave, score)``; ``leave`` bool [b], ``score`` [b].
+        Must treat examples independently. The last segment's ``leave`` is ignored: all leave.
+      weights: pytree of just what this segment uses.
+      cost: price of one example.
+    """
+
+    run: Callable[[Any, Carry, Any], tuple[Carry, Any, Any, Any]]
+    weights: Any
+    cost: Cost = FREE
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmented:
+    """The whole network.
+
+    Attributes:
+      begin: ``(weights, inputs) -> carry``; runs together with the first segment.
+      begin_weights: what it uses.
+      segments: in order.
+      thresholds: one a segment, run-time values (the last is not looked at).
+    """
+
+    begin: Callable[[Any, Any], Carry]
+    begin_weights: Any
+    segments: Sequence[Segment]
+    thresholds: Any
+
+    def __post_init__(self):
+        if not self.segments or len(self.thresholds) not in (len(self.segments), len(self.segments) - 1):
+            raise DyncompError(
+                f"{len(self.segments)} segments with {len(self.thresholds)} thresholds: "
+                "give one threshold to each segment (the last may be left out)"
+            )
+
+
+def from_model(model: Any, variables: Variables, inputs_shape: tuple[int, ...]) -> Segmented:
+    """Segments of an `ExitingClassifier`, one a block, each with weights of its own.
+
+    Args:
+      model: a module with ``begin``, ``segment``, ``depth``, ``cost`` and ``layers="unroll"``.
+      variables: stacked or not, boxed or not.
+      inputs_shape: [b h w c] (b is not looked at), for the costs.
+    """
+    from flax import linen as nn
+
+    from dyncomp.models import layout
+
+    if model.layers != "unroll":
+        raise DyncompError("segments need separate weights; set the backbone's layers='unroll'")
+    params = layout.unstack(nn.meta.unbox(variables)["params"])
+    prices = list(model.cost(inputs_shape).values())
+
+    def begin(weights: Any, inputs: Any) -> Carry:
+        return model.apply({"params": weights}, inputs, method="begin")
+
+    def make(index: int) -> Callable:
+        def run(weights: Any, carry: Carry, threshold: Any):
+            return model.apply({"params": weights}, index, carry, threshold, method="segment")
+
+        return run
+
+    parts = [Segment(make(i), _only_block(params, i), prices[i]) for i in range(model.depth)]
+    embed = {**params, "net": {"patches": params["net"]["patches"]}}
+    thresholds = list(jax.device_get(variables["controls"]["thresholds"]))
+    return Segmented(begin, embed, parts, thresholds)
+
+
+def _only_block(params: Any, index: int) -> Any:
+    """The parameters that block ``index`` and its exit use (other blocks left out)."""
+    net, kept = params["net"], {}
+    for name, value in net.items():
+        if not name.startswith("group_"):
+            kept[name] = value
+    for name in sorted((n for n in net if n.startswith("group_")), key=lambda n: int(n.split("_")[1])):
+        layers = sorted(net[name], key=lambda n: int(n.rsplit("_", 1)[1]))
+        period = max(1, len(net[name][layers[0]]))
+        if 0 <= index < len(layers) * period:
+            layer, block = divmod(index, period)
+            kept[name] = {layers[layer]: {f"block_{block}": net[name][layers[layer]][f"block_{block}"]}}
+        index -= len(layers) * period
+    return {**params, "net": kept}
