@@ -1,0 +1,64 @@
+# Everything runs in .venv, made on first use: `make demo` on a fresh machine needs Python >= 3.11, pip and make.
+PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO_DIR ?= runs/quickstart
+PYTEST_ARGS ?=
+export JAX_PLATFORMS ?= cpu
+export TPU_SKIP_MDS_QUERY ?= 1
+
+.PHONY: help demo test test-peers lint format wheel clean
+
+help:
+	@echo "make demo        train, compare and explain three small models (minutes, on a CPU)"
+	@echo "make test        lint and the test suite; no network, accelerator or PyTorch needed"
+	@echo "make test-peers  parity with PyTorch and transformers"
+	@echo "make lint        ruff and pyrefly"
+	@echo "make format      let ruff rewrite the files"
+	@echo "make wheel       build dist/*.whl"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "dyncomp needs Python >= 3.11: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: an install happens once, and again when its inputs change.
+$(VENV)/.stamp-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing dyncomp ..."
+	@$(PIP) -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.stamp-test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing dyncomp and what its tests need ..."
+	@$(PIP) -e '.[test,tpu,docs]' -c constraints.txt
+	@touch $@ $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-peers: $(VENV)/.stamp-test
+	@echo "installing the peers (PyTorch, transformers) ..."
+	@$(PIP) -e '.[test,tpu,docs,peers]' -c constraints.txt
+	@touch $@
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/dyncomp run quickstart --workdir $(DEMO_DIR)
+
+lint: $(VENV)/.stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-peers: $(VENV)/.stamp-peers
+	$(BIN)/pytest -n 0 -m peers $(PYTEST_ARGS)
+
+format: $(VENV)/.stamp-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.stamp-test
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf dist build .pytest_cache .ruff_cache
