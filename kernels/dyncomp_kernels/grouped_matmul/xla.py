@@ -13,12 +13,12 @@ from jax import Array, lax
 
 from dyncomp_kernels._compat import vary_like
 
-MAX_BLOCK = 256
+MAX_BLOCK = 128
 MIN_BLOCK = 16
 
 
 def block_rows(rows: int, groups: int) -> int:
-    """Static block size: about half an even group, a power of two between 16 and 256."""
+    """Static block size: about half an even group, a power of two between 16 and 128."""
     even = max(rows // (2 * groups), 1)
     return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (even.bit_length() - 1)))
 
@@ -90,5 +90,3 @@ def weight_gradient(rows: Array, cotangent: Array, group_sizes: Array) -> Array:
     shape = (group_sizes.shape[0], rows.shape[1], cotangent.shape[1])
     total = vary_like(jnp.zeros(shape, jnp.float32), rows, cotangent, group_sizes)
     return lax.fori_loop(0, used, body, total)
-
-

@@ -1,0 +1,7 @@
+"""Feed-forward units: dense ones and mixtures of experts (the ffn seam)."""
+
+from dyncomp.experts.bank import SwiGLUBank
+from dyncomp.experts.ffn import MLP, SwiGLU
+from dyncomp.experts.moe import MoE
+
+__all__ = ["MLP", "MoE", "SwiGLU", "SwiGLUBank"]
