@@ -48,10 +48,10 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/pyrefly check
 
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.stamp-peers
-	$(BIN)/pytest -n 0 -m peers $(PYTEST_ARGS)
+	$(BIN)/pytest -m peers $(PYTEST_ARGS)
 
 format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix .
