@@ -1,0 +1,23 @@
+"""Tasks: data, objective and metrics."""
+
+from dyncomp.tasks.base import Source, Task
+from dyncomp.tasks.code_lm import CodeLM, HubText, TextFiles
+from dyncomp.tasks.features import FeatureTask
+from dyncomp.tasks.images import Digits, FashionMNIST, HubImages
+from dyncomp.tasks.loader import Loader
+from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
+
+__all__ = [
+    "ClassificationObjective",
+    "CodeLM",
+    "Digits",
+    "FashionMNIST",
+    "FeatureTask",
+    "HubImages",
+    "HubText",
+    "LMObjective",
+    "Loader",
+    "Source",
+    "Task",
+    "TextFiles",
+]

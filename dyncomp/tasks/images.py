@@ -1,0 +1,193 @@
+"""Image classification: scikit-learn's digits (embedded), Fashion-MNIST (Debian package, folder or hub), hub sets."""
+
+import dataclasses
+import functools
+import gzip
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.metrics import Mean
+from dyncomp.tasks.base import ArraySource, Split, Task, check_split
+from dyncomp.tasks.objectives import ClassificationObjective, classification_metrics
+
+FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTask(Task):
+    """Base of the image tasks: ``inputs`` float32 [b h w c] standardised, ``targets`` int32 [b].
+
+    Attributes:
+      label_smoothing: see `ClassificationObjective`.
+    """
+
+    headline: ClassVar[str] = "accuracy"
+    minimize: ClassVar[bool] = False
+    classes: ClassVar[int] = 10
+
+    label_smoothing: float = 0.0
+
+    def arrays(self) -> Mapping[str, Arrays]:
+        """Split -> inputs and targets."""
+        raise NotImplementedError
+
+    def source(self, split: Split) -> ArraySource:
+        """Examples of a split."""
+        check_split(split)
+        return ArraySource(self.arrays()[split])
+
+    def objective(self) -> ClassificationObjective:
+        """Cross-entropy."""
+        return ClassificationObjective(label_smoothing=self.label_smoothing)
+
+    def metrics(self, output: Any, batch: Mapping[str, Any]) -> dict[str, Mean]:
+        """Accuracy and negative log-likelihood of logits [b c]."""
+        return classification_metrics(output, batch)
+
+
+def shuffled_parts(count: int, shares: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Indices of each part after one fixed shuffle; the last part takes the rest."""
+    order = np.random.Generator(np.random.PCG64(20240607)).permutation(count)
+    parts, start = {}, 0
+    for name, share in shares.items():
+        stop = start + round(share * count)
+        parts[name] = np.sort(order[start:stop])
+        start = stop
+    parts[name] = np.sort(np.concatenate([parts[name], order[start:]]))
+    return parts
+
+
+def standardize(images: np.ndarray, mean: float, std: float) -> np.ndarray:
+    """[n h w] or [n h w c] of any dtype to float32 [n h w c]."""
+    images = images if images.ndim == 4 else images[..., None]
+    return ((images.astype(np.float32) - mean) / std).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _digits() -> dict[str, Arrays]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, labels = standardize(data.images, 4.88, 6.02), data.target.astype(np.int32)
+    shares = {"test": 0.2, "calibration": 0.1, "validation": 0.1, "train": 0.6}
+    parts = shuffled_parts(len(labels), shares)
+    return {s: {"inputs": images[i], "targets": labels[i]} for s, i in parts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits(ImageTask):
+    """1,797 handwritten digits of 8 x 8 pixels; 60 / 10 / 10 / 20% by a fixed shuffle."""
+
+    def arrays(self) -> Mapping[str, Arrays]:
+        """All four splits."""
+        return _digits()
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array in the IDX format of unsigned bytes, plain or gzipped.
+
+    Raises:
+      DyncompError: the file is damaged.
+    """
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    dims = raw[3] if len(raw) > 4 and raw[:3] == b"\0\0\x08" else 0
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
+    body = raw[4 + 4 * dims :]
+    if not dims or len(body) != int(np.prod(shape)):
+        raise DyncompError(f"{path} is no IDX file of bytes, or is cut off: install it again")
+    return np.frombuffer(body, np.uint8).reshape(shape)
+
+
+@functools.lru_cache(maxsize=2)
+def _fashion(folder: str) -> dict[str, Arrays]:
+    root = Path(folder)
+    names = {"train": "train", "test": "t10k"}
+    loaded = {}
+    for split, stem in names.items():
+        files = [next(root.glob(f"{stem}-{kind}*"), None) for kind in ("images", "labels")]
+        if None in files:
+            raise DyncompError(
+                f"no Fashion-MNIST under {folder}: apt-get install dataset-fashion-mnist, set FashionMNIST.path,"
+                " or use tasks.HubImages(name='zalando-datasets/fashion_mnist')"
+            )
+        loaded[split] = [read_idx(file) for file in files]  # type: ignore[arg-type]
+    make = lambda images, labels: {
+        "inputs": standardize(images, 72.94, 90.02),
+        "targets": labels.astype(np.int32),
+    }
+    images, labels = loaded["train"]
+    parts = shuffled_parts(
+        len(labels), {"calibration": 1 / 12, "validation": 1 / 12, "train": 10 / 12}
+    )
+    out = {split: make(images[index], labels[index]) for split, index in parts.items()}
+    return {**out, "test": make(*loaded["test"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class FashionMNIST(ImageTask):
+    """70,000 garments of 28 x 28 pixels (Xiao et al. 2017): 50k train, 5k validation, 5k calibration, 10k test.
+
+    Attributes:
+      path: folder of the IDX files; default ``$FASHION_MNIST`` or where Debian's package puts them.
+    """
+
+    path: str | None = None
+
+    def arrays(self) -> Mapping[str, Arrays]:
+        """All four splits."""
+        return _fashion(self.path or os.environ.get("FASHION_MNIST") or FASHION_FOLDER)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubImages(ImageTask):
+    """An image data set by its hub name; validation and calibration come from its training split.
+
+    Attributes:
+      name: hub name, or a builder ("parquet", "imagefolder") with ``data_files``.
+      image, label: columns.
+      data_files: local files for a builder, e.g. {"train": ..., "test": ...}.
+    """
+
+    name: str = ""
+    image: str = "image"
+    label: str = "label"
+    data_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def arrays(self) -> Mapping[str, Arrays]:
+        """All four splits, in memory."""
+        key = tuple(sorted(self.data_files.items()))
+        return _hub_images(self.name, self.image, self.label, key)
+
+
+@functools.lru_cache(maxsize=2)
+def _hub_images(name: str, image: str, label: str, files: tuple) -> dict[str, Arrays]:
+    import datasets
+
+    def read(split: str) -> Arrays:
+        try:
+            table = datasets.load_dataset(name, data_files=dict(files) or None, split=split)
+        except Exception as error:  # the library raises a dozen kinds, most of them network errors
+            reason = str(error).strip().splitlines()[0][:160]
+            raise DyncompError(
+                f"cannot load data set {name!r}: {reason}; with no network use a builder with data_files, or"
+                " tasks.Digits"
+            ) from error
+        pixels = np.stack([np.asarray(picture) for picture in table[image]])  # type: ignore[index]
+        return {"inputs": pixels, "targets": np.asarray(table[label], np.int32)}  # type: ignore[index]
+
+    train, test = read("train"), read("test")
+    mean, std = float(train["inputs"].mean()), float(train["inputs"].std()) or 1.0
+    shares = {"calibration": 0.1, "validation": 0.1, "train": 0.8}
+    parts = shuffled_parts(len(train["targets"]), shares)
+    take = lambda data, index: {
+        "inputs": standardize(data["inputs"][index], mean, std),
+        "targets": data["targets"][index],
+    }
+    out = {split: take(train, index) for split, index in parts.items()}
+    return {**out, "test": take(test, np.arange(len(test["targets"])))}

@@ -1,0 +1,106 @@
+"""Objectives: cross-entropy plus weighted auxiliary losses. Softmax is float32."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dyncomp.core.aux import Aux, losses_by_name
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.metrics import Mean
+from dyncomp.core.typing import Array, Float, Int
+
+Reduce = Literal["mean", "sum"]
+
+
+def weighted_aux(
+    aux: Aux, weights: Mapping[str, float], reduce: Reduce
+) -> tuple[Float[Array, ""], dict[str, Mean]]:
+    """Weighted sum of the auxiliary losses, each averaged or summed over layers; and their plain values.
+
+    Raises:
+      DyncompError: a weight names a loss that no module reports.
+    """
+    if reduce not in ("mean", "sum"):
+        raise DyncompError(f"aux_reduce={reduce!r}: use 'mean' or 'sum'")
+    named = {name: jnp.concatenate(values) for name, values in losses_by_name(aux.losses).items()}
+    unknown = [name for name in weights if name not in named]
+    if unknown:
+        raise DyncompError(
+            f"aux_weights names {unknown[0]!r}, but the model reports {sorted(named) or 'no losses'}"
+        )
+    fold = jnp.mean if reduce == "mean" else jnp.sum
+    total = sum((weight * fold(named[name]) for name, weight in weights.items()), jnp.float32(0))
+    return total, {name: Mean.of(fold(values)) for name, values in named.items()}
+
+
+def token_nll(logits: Float[Array, "*n v"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """Negative log-likelihood in nats, float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class LMObjective:
+    """Mean next-token cross-entropy in nats plus auxiliary losses.
+
+    Attributes:
+      aux_weights: weight of each named auxiliary loss; unnamed ones are only reported.
+      aux_reduce: average or sum a loss over layers (the sheets often do not say; default mean).
+    """
+
+    aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    aux_reduce: Reduce = "mean"
+
+    def __call__(
+        self, output: Float[Array, "b t v"], aux: Aux, batch: Mapping[str, Any], step: Any
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        """Loss and the metrics loss, nll and every auxiliary loss."""
+        nll = Mean.of(token_nll(output, batch["targets"]), batch["mask"])
+        extra, metrics = weighted_aux(aux, self.aux_weights, self.aux_reduce)
+        loss = nll.total / jnp.maximum(nll.count, 1.0) + extra
+        return loss, {"nll": nll, **metrics}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationObjective:
+    """Mean cross-entropy over examples plus auxiliary losses.
+
+    Attributes:
+      label_smoothing: mass spread evenly over classes, in [0, 1).
+      aux_weights, aux_reduce: as in `LMObjective`.
+    """
+
+    label_smoothing: float = 0.0
+    aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    aux_reduce: Reduce = "mean"
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise DyncompError(f"label_smoothing={self.label_smoothing}: use [0, 1)")
+
+    def __call__(
+        self, output: Float[Array, "b c"], aux: Aux, batch: Mapping[str, Any], step: Any
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        """Loss and the metrics nll, accuracy and every auxiliary loss."""
+        logits = output.astype(jnp.float32)
+        nll = token_nll(logits, batch["targets"])
+        uniform = -jnp.mean(jax.nn.log_softmax(logits, axis=-1), axis=-1)
+        smooth = (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
+        mean = Mean.of(smooth, batch["mask"])
+        extra, metrics = weighted_aux(aux, self.aux_weights, self.aux_reduce)
+        loss = mean.total / jnp.maximum(mean.count, 1.0) + extra
+        return loss, {**classification_metrics(output, batch), **metrics}
+
+
+def classification_metrics(
+    output: Float[Array, "b c"], batch: Mapping[str, Any]
+) -> dict[str, Mean]:
+    """Accuracy and negative log-likelihood (nats) over real examples."""
+    right = (jnp.argmax(output, axis=-1) == batch["targets"]).astype(jnp.float32)
+    return {
+        "accuracy": Mean.of(right, batch["mask"]),
+        "nll": Mean.of(token_nll(output, batch["targets"]), batch["mask"]),
+    }
