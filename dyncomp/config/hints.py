@@ -141,12 +141,11 @@ def _origin(hint: Any) -> Any:
 
 
 def _admits_bool(hint: Any) -> bool:
+    strangers = (int, float, complex, str, bytes, list, tuple, dict, type(None))
     for option in options(hint):
-        if option in (bool, Any, object) or not (inspect.isclass(option) or option is None):
+        if option in (bool, Any, object) or not inspect.isclass(option):
             return True
-        if not issubclass(
-            option, int | float | complex | str | bytes | list | tuple | dict | type(None)
-        ):
+        if not issubclass(option, strangers):
             return True
     return False
 

@@ -132,7 +132,7 @@ def mismatch(program: Program, value: Any, hint: Any) -> tuple[str, str] | None:
         return _mismatch_ref(program, value, hint)
     if not (isinstance(value, dict | list | tuple) and value):
         complaint = hints.mismatch_literal(value, hint)
-        return complaint and (complaint, f"write {hints.describe(hint)}")
+        return (complaint, f"write {hints.describe(hint)}") if complaint else None
     complaints = [_mismatch_container(program, value, option) for option in hints.options(hint)]
     return None if None in complaints else complaints[0]
 

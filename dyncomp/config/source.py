@@ -110,11 +110,13 @@ class _Delegate(config_parser.ParserDelegate):
     def __init__(self, source: Source):
         self.source = source
 
+    # pyrefly: ignore[bad-override]
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Ref:
         """Called for every ``@name``."""
         scope, _, selector = scoped_configurable_name.rpartition("/")
         return Ref(scope, selector, evaluate, self.source)
 
+    # pyrefly: ignore[bad-override]
     def macro(self, macro_name: str) -> Macro:
         """Called for every ``%name``."""
         return Macro(macro_name)

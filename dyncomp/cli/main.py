@@ -1,0 +1,88 @@
+"""``dyncomp``: parses the command line, runs one command, turns known errors into one line."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import dyncomp
+from dyncomp.core.errors import DyncompError, Preempted
+
+COMMANDS = (
+    "list_systems",
+    "config_text",
+    "run",
+    "evaluate",
+    "reproduce",
+    "sweep",
+    "bench",
+    "compile_run",
+    "report",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar of the command line, without the ``--gin.NAME=VALUE`` overrides."""
+    top = argparse.ArgumentParser(
+        prog="dyncomp",
+        description="Networks that decide, input by input, what to compute.",
+        epilog="Values of a config are overridden anywhere by --gin.NAME=VALUE. "
+        "Example: dyncomp run quickstart --gin.STEPS=100",
+    )
+    top.add_argument("--version", action="version", version=f"dyncomp {dyncomp.__version__}")
+    top.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"dyncomp.cli.{name}").add(commands)
+    return top
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes ``--gin.NAME=VALUE`` out of the arguments: (the other arguments, the ``NAME=VALUE`` texts)."""
+    prefix = "--gin."
+    rest = [a for a in argv if not a.startswith(prefix)]
+    return rest, [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments without the program's name; default, the process's.
+
+    Returns:
+      Exit code: 0 success, 1 an error told in one line, 2 wrong usage, 75 stopped by a signal after saving.
+    """
+    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in rest
+    args = parser().parse_args([a for a in rest if a != "--debug"])
+    args.overrides = overrides
+    try:
+        return args.function(args) or 0
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (DyncompError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error as one line; an operating system's error names its file."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

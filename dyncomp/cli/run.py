@@ -1,0 +1,95 @@
+"""``dyncomp run``: trains a config or resumes it, evaluates quality against compute, reports."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dyncomp.cli.output import command, json_flag, print_json, scalars, table, workdir_flag
+from dyncomp.core.errors import DyncompError
+
+TRACKERS = ("jsonl", "tensorboard", "wandb")
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    about = (
+        "Train (or resume) a config, evaluate quality against compute, and leave config.gin, metrics.jsonl, "
+        "checkpoints, summary.json, a Pareto plot and report.html."
+    )
+    example = "dyncomp run quickstart --workdir runs/first --gin.STEPS=100"
+    parser = command(commands, "run", _main, about, example)
+    parser.add_argument("config", help="a shipped name or a path")
+    workdir_flag(parser, "runs/CONFIG")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke run of under a minute; never evidence"
+    )
+    parser.add_argument(
+        "--tracker",
+        default="jsonl,tensorboard",
+        metavar="NAMES",
+        help=f"comma-separated out of {', '.join(TRACKERS)} (jsonl is always on)",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    json_flag(parser)
+
+
+def trackers(text: str) -> tuple[str, ...]:
+    """Names of trackers out of a comma-separated text; ``jsonl`` is always among them.
+
+    Raises:
+      DyncompError: an unknown tracker.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in TRACKERS:
+            raise DyncompError(f"no tracker {name!r}: choose out of {', '.join(TRACKERS)}")
+    return tuple(dict.fromkeys(["jsonl", *names]))
+
+
+def _main(args: argparse.Namespace) -> None:
+    from dyncomp import config
+
+    chosen = trackers(args.tracker)
+    run = config.load(args.config, args.overrides)
+    text = config.operative(args.config, args.overrides)
+    workdir = Path(args.workdir or Path("runs") / Path(args.config).stem)
+    summary = _train(
+        run,
+        workdir,
+        config_text=text,
+        trackers=chosen,
+        progress=not (args.no_progress or args.json),
+        quick=args.quick,
+    )
+    report = _report(workdir, summary)
+    if args.json:
+        print_json({"workdir": str(workdir), "report": str(report), "summary": summary})
+        return
+    _show(workdir, summary)
+    print(f"report: {report.resolve()}")
+
+
+def _train(run: Any, workdir: Path, **options: Any) -> dict[str, Any]:
+    from dyncomp.training.loop import train
+    from dyncomp.training.suite import Suite, train_suite
+
+    if isinstance(run, Suite) and run.selected() is None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        return train_suite(run, workdir, **options)
+    return train(run.selected() if isinstance(run, Suite) else run, workdir, **options)
+
+
+def _report(workdir: Path, summary: dict[str, Any]) -> Path:
+    from dyncomp.report.page import write_report
+
+    members = [workdir / name for name in summary.get("suite", {})]
+    return write_report(members or [workdir], workdir / "report.html")
+
+
+def _show(workdir: Path, summary: dict[str, Any]) -> None:
+    members = {
+        name: scalars(s) for name, s in summary.get("suite", {workdir.name: summary}).items()
+    }
+    names = dict.fromkeys(name for figures in members.values() for name in figures)
+    rows = [(name, *(figures.get(name) for figures in members.values())) for name in names]
+    table(f"Results in {workdir}", ("figure", *members), rows)
