@@ -17,7 +17,7 @@ from dyncomp.core.typing import Array, Bool, Float, Int
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of the positions seen so far.
+    """Keys and values of the positions seen so far; scanned layers stack it along a leading axis.
 
     Attributes:
       keys: [b s g p], already rotated; zeros in empty slots.
@@ -27,10 +27,10 @@ class KVCache:
       policy: the policy that made it (static).
     """
 
-    keys: Float[Array, "b s g p"]
-    values: Float[Array, "b s g p"]
-    positions: Int[Array, "b s"]
-    length: Int[Array, ""]
+    keys: Float[Array, "*l b s g p"]
+    values: Float[Array, "*l b s g p"]
+    positions: Int[Array, "*l b s"]
+    length: Int[Array, "*l"]
     policy: Any = struct.field(pytree_node=False)
 
     def seen(self) -> Int[Array, "b"]:

@@ -43,8 +43,12 @@ class DecoderLM(nn.Module):
     max_length: int | None = None
     dtypes: DTypes = DTypes()
 
-    def setup(self):
+    def __post_init__(self):
         check_execution(self.layers, self.remat)
+        self.groups = tuple(self.groups)
+        super().__post_init__()
+
+    def setup(self):  # noqa: D102
         shape, axes, dtype = (self.vocab_size, self.d_model), ("vocab", "embed"), self.dtypes.param
         self.embedding = param(self, "embed", nn.initializers.normal(0.02), shape, axes, dtype)
         self.group = self._stacks()

@@ -58,7 +58,7 @@ class Period(nn.Module):
     blocks: Sequence[Factory]
     dtypes: DTypes = DTypes()
 
-    def setup(self):
+    def setup(self):  # noqa: D102
         self.block = [make(dtypes=self.dtypes) for make in self.blocks]
 
     def __call__(self, x, positions, mask, cache, train, capture) -> tuple[Array, Aux]:
@@ -83,7 +83,7 @@ class GroupStack(nn.Module):
     remat: Remat = "none"
     dtypes: DTypes = DTypes()
 
-    def setup(self):
+    def setup(self):  # noqa: D102
         check_execution(self.execution, self.remat)
         if self.scanned:
             self.layers = Period(self.group.blocks, self.dtypes)

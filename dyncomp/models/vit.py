@@ -28,7 +28,7 @@ class PatchEmbed(nn.Module):
     dtypes: DTypes = DTypes()
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
+    def __call__(self, images: Float[Array, "b h w _"]) -> Float[Array, "b t d"]:
         """Tokens in row-major patch order, the class token first."""
         rows = patches(images, self.patch).astype(self.dtypes.compute)
         b, t, width = rows.shape
@@ -87,10 +87,14 @@ class VisionTransformer(nn.Module):
     eps: float = 1e-6
     dtypes: DTypes = DTypes()
 
-    def setup(self):
+    def __post_init__(self):
         check_execution(self.layers, self.remat)
         if self.pool not in ("cls", "mean"):
             raise DyncompError(f"VisionTransformer.pool={self.pool!r}: use 'cls' or 'mean'")
+        self.groups = tuple(self.groups)
+        super().__post_init__()
+
+    def setup(self):  # noqa: D102
         self.patches = PatchEmbed(self.patch, self.d_model, self.pool == "cls", self.dtypes)
         self.group = self._stacks()
         self.final_norm = Norm(self.norm, self.eps, self.dtypes)
@@ -104,7 +108,7 @@ class VisionTransformer(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "b h w c"],
+        images: Float[Array, "b h w _"],
         mask: Array | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
@@ -120,7 +124,7 @@ class VisionTransformer(nn.Module):
         return self.classify(x), aux
 
     def features(
-        self, images: Float[Array, "b h w c"], mask: Array | None = None, train: bool = False
+        self, images: Float[Array, "b h w _"], mask: Array | None = None, train: bool = False
     ) -> tuple[Float[Array, "l b d"], Aux]:
         """Pooled, final-normed features after every block, in the order of execution (what exits look at)."""
         _, aux = self._run(images, mask, train, ("hidden",))
@@ -146,7 +150,7 @@ class VisionTransformer(nn.Module):
         parts["head"] = Aux(events={"images": seen})
         return x, nest(**parts)
 
-    def embed(self, images: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
+    def embed(self, images: Float[Array, "b h w _"]) -> Float[Array, "b t d"]:
         """Patches to tokens: the first segment."""
         return self.patches(images)
 
@@ -193,7 +197,7 @@ class VisionTransformer(nn.Module):
         return {"embed": {"images": embed}, **groups, "head": {"images": head}}
 
 
-def patches(images: Float[Array, "b h w c"], patch: int) -> Float[Array, "b t m"]:
+def patches(images: Float[Array, "b h w _"], patch: int) -> Float[Array, "b t m"]:
     """Non-overlapping patches in row-major order, each flattened to m = patch * patch * c values.
 
     Raises:

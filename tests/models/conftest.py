@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
+from dyncomp import models
 from dyncomp.attention import Attention
 from dyncomp.core.aux import Aux, count
 from dyncomp.core.dtypes import DTypes
@@ -42,7 +44,41 @@ class TinyFFN(nn.Module):
         return {"rows": Cost(6 * d_model * self.hidden, 2 * d_model * 4)}
 
 
-@pytest.fixture
+STATIC = ("train", "capture", "method", "mutable")
+
+
+@functools.lru_cache
+def compiled(model, static, index):
+    """One compiled `models.apply` for each set of static arguments."""
+    return jax.jit(
+        lambda variables, args, kwargs: models.apply(
+            model, variables, *index, *args, **kwargs, **dict(static)
+        )
+    )
+
+
+def apply(model, variables, *args, **kwargs):
+    """`models.apply` as one compiled call (eager ones compile every operation); a leading integer is static."""
+    static = tuple((key, kwargs.pop(key)) for key in STATIC if key in kwargs)
+    index = tuple(a for a in args if isinstance(a, int))
+    return compiled(model, static, index)(variables, args[len(index) :], kwargs)
+
+
+def init(model, inputs):
+    """Random variables in the stored layout: no compilation, and no bias or scale left at 0 or 1."""
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), inputs))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if "controls" in str(path[0]):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        centre = 1.0 if "scale" in str(path[-1]) else 0.0
+        return jnp.asarray(centre + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """Factories of tiny models: ``lm(**fields)`` and ``vit(**fields)``, and the parts they use."""
     causal = functools.partial(Attention, heads=4, kv_heads=2, rope_theta=100.0)
@@ -63,7 +99,8 @@ def tiny():
         causal=causal,
         tokens=jax.random.randint(jax.random.key(0), (2, 7), 0, 11),
         images=jax.random.normal(jax.random.key(1), (3, 6, 4, 1)),
-        init=lambda model, inputs: nn.unbox(model.init(jax.random.key(2), inputs)),
+        init=init,
+        apply=apply,
     )
 
 

@@ -9,6 +9,7 @@ from dyncomp import models
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
+from dyncomp.models.group import check_execution
 
 
 def rms(x, scale, eps=1e-6):
@@ -60,7 +61,7 @@ def test_matches_numpy(tiny, layers, tie):
     model = tiny.lm(layers=layers, tie_embeddings=tie)
     variables = tiny.init(model, tiny.tokens)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        logits, _ = models.apply(model, variables, tiny.tokens)
+        logits, _ = tiny.apply(model, variables, tiny.tokens)
     assert logits.dtype == jnp.float32
     expected = numpy_llama(variables, np.asarray(tiny.tokens), GROUPS)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=2e-5)
@@ -72,7 +73,7 @@ def test_executions_agree(tiny, remat):
 
     def run(model):
         def loss(params):
-            logits, aux = models.apply(model, {**variables, "params": params}, tiny.tokens)
+            logits, aux = tiny.apply(model, {**variables, "params": params}, tiny.tokens)
             return jnp.mean(jnp.sin(logits)) + jnp.sum(
                 aux.losses["group_0"]["block_1"]["ffn"]["size"]
             ), (
@@ -97,9 +98,9 @@ def test_gradients_match_numpy(tiny, layers):
     variables = tiny.init(model, tiny.tokens)
     params, controls = variables["params"], variables["controls"]
     loss = lambda p: jnp.sum(
-        jnp.sin(models.apply(model, {"params": p, "controls": controls}, tiny.tokens)[0])
+        jnp.sin(tiny.apply(model, {"params": p, "controls": controls}, tiny.tokens)[0])
     )
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda p: 0.1 * rng.normal(size=p.shape), params)
 
@@ -118,8 +119,8 @@ def test_gradients_match_numpy(tiny, layers):
 def test_cached_decode_equals_full(tiny, layers):
     model = tiny.lm(layers=layers)
     variables = tiny.init(model, tiny.tokens)
-    full, _ = models.apply(model, variables, tiny.tokens)
-    step = jax.jit(lambda cache, tokens: models.apply(model, variables, tokens, cache=cache))
+    full, _ = tiny.apply(model, variables, tiny.tokens)
+    step = jax.jit(lambda cache, tokens: tiny.apply(model, variables, tokens, cache=cache))
     logits, aux = step(model.init_cache(2, 8), tiny.tokens[:, :3])
     outputs = [logits]
     for place in range(3, 7):
@@ -133,10 +134,10 @@ def test_caches_convert_between_executions(tiny):
     """Prefill scanned, decode unrolled."""
     scanned, separate = tiny.lm(), tiny.lm(layers="unroll")
     variables = tiny.init(scanned, tiny.tokens)
-    full, _ = models.apply(scanned, variables, tiny.tokens)
-    _, aux = models.apply(scanned, variables, tiny.tokens[:, :6], cache=scanned.init_cache(2, 8))
+    full, _ = tiny.apply(scanned, variables, tiny.tokens)
+    _, aux = tiny.apply(scanned, variables, tiny.tokens[:, :6], cache=scanned.init_cache(2, 8))
     cache = models.unstack(aux.cache)
-    logits, aux = models.apply(separate, variables, tiny.tokens[:, 6:], cache=cache)
+    logits, aux = tiny.apply(separate, variables, tiny.tokens[:, 6:], cache=cache)
     np.testing.assert_allclose(logits, full[:, 6:], rtol=1e-4, atol=1e-5)
     again = models.stack(aux.cache)
     assert jax.tree.structure(again) == jax.tree.structure(scanned.init_cache(2, 8))
@@ -145,9 +146,9 @@ def test_caches_convert_between_executions(tiny):
 def test_future_does_not_leak(tiny, layers):
     model = tiny.lm(layers=layers)
     variables = tiny.init(model, tiny.tokens)
-    logits, _ = models.apply(model, variables, tiny.tokens)
+    logits, _ = tiny.apply(model, variables, tiny.tokens)
     changed = tiny.tokens.at[:, 4:].set((tiny.tokens[:, 4:] + 1) % 11)
-    other, _ = models.apply(model, variables, changed)
+    other, _ = tiny.apply(model, variables, changed)
     np.testing.assert_array_equal(logits[:, :4], other[:, :4])
     assert not np.allclose(logits[:, 4], other[:, 4])
 
@@ -157,8 +158,8 @@ def test_padding_changes_nothing(tiny, layers):
     variables = tiny.init(model, tiny.tokens)
     mask = jnp.asarray([[1] * 5 + [0] * 2] * 2, jnp.float32)
     garbage = tiny.tokens.at[:, 5:].set(3)
-    logits, aux = models.apply(model, variables, garbage, mask=mask)
-    short, _ = models.apply(model, variables, tiny.tokens[:, :5])
+    logits, aux = tiny.apply(model, variables, garbage, mask=mask)
+    short, _ = tiny.apply(model, variables, tiny.tokens[:, :5])
     np.testing.assert_allclose(logits[:, :5], short, rtol=1e-4, atol=1e-5)
     assert int(aux.events["head"]["tokens"].needed) == 10
     assert int(aux.events["head"]["tokens"].executed) == 14
@@ -168,7 +169,7 @@ def test_bfloat16(tiny, layers):
     model = tiny.lm(layers=layers, dtypes=DTypes(compute="bfloat16"))
     variables = tiny.init(model, tiny.tokens)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        logits, _ = models.apply(model, variables, tiny.tokens)
+        logits, _ = tiny.apply(model, variables, tiny.tokens)
     expected = numpy_llama(variables, np.asarray(tiny.tokens), GROUPS)
     assert logits.dtype == jnp.float32
     error = np.abs(logits - expected).max() / np.abs(expected).max()
@@ -178,7 +179,7 @@ def test_bfloat16(tiny, layers):
 def test_ledger_by_hand(tiny, layers):
     model = tiny.lm(layers=layers)
     variables = tiny.init(model, tiny.tokens)
-    _, aux = models.apply(model, variables, tiny.tokens)
+    _, aux = tiny.apply(model, variables, tiny.tokens)
     ledger = Ledger(model.cost(tiny.tokens.shape)).record(aux.events)
     b, t, d, h, g, p, f, v, depth = 2, 7, 16, 4, 2, 4, 12, 11, 5
     per_token = 2 * d * p * (h + 2 * g) + 2 * h * p * d + 3 * 2 * d * f
@@ -191,26 +192,32 @@ def test_ledger_by_hand(tiny, layers):
 def test_capture(tiny, layers):
     model = tiny.lm(layers=layers)
     variables = tiny.init(model, tiny.tokens)
-    _, aux = models.apply(model, variables, tiny.tokens)
+    _, aux = tiny.apply(model, variables, tiny.tokens)
     assert not aux.plans
-    _, aux = models.apply(model, variables, tiny.tokens, capture=("plan", "hidden"))
+    _, aux = tiny.apply(model, variables, tiny.tokens, capture=("plan", "hidden"))
     assert aux.plans["group_0"]["block_1"]["hidden"].shape == (2, 2, 7, 16)
     assert aux.plans["group_0"]["block_1"]["ffn"]["mean"].shape == (2, 2, 7)
-    logits, _ = models.apply(model, variables, tiny.tokens)
+    logits, _ = tiny.apply(model, variables, tiny.tokens)
     last = aux.plans["group_1"]["block_0"]["hidden"][-1]
-    out = models.apply(model, variables, last, method="classify")
+    out = tiny.apply(model, variables, last, method="classify")
     np.testing.assert_allclose(out, logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("fields", "fix"),
-    [
-        ({"layers": "loop"}, "'scan' or 'unroll'"),
-        ({"remat": "some"}, "'none', 'full' or 'dots'"),
-        ({"max_length": 3}, "max_length=3"),
-        ({"norm": "batch"}, "'rms' or 'layer'"),
-    ],
+    ("execution", "remat", "fix"),
+    [("loop", "none", "'scan' or 'unroll'"), ("scan", "some", "'none', 'full' or 'dots'")],
 )
-def test_bad_options_are_refused(tiny, fields, fix):
+def test_bad_options_are_refused(execution, remat, fix):
     with pytest.raises(DyncompError, match=fix):
-        tiny.init(tiny.lm(**fields), tiny.tokens)
+        check_execution(execution, remat)
+
+
+def test_bad_options_are_refused_at_construction(tiny):
+    for fields in ({"layers": "loop"}, {"remat": "some"}, {"norm": "batch"}):
+        with pytest.raises(Exception, match="(?s)Literal|use '"):
+            tiny.init(tiny.lm(**fields), tiny.tokens)
+
+
+def test_long_inputs_are_refused(tiny):
+    with pytest.raises(DyncompError, match="max_length=3"):
+        tiny.init(tiny.lm(max_length=3), tiny.tokens)
