@@ -1,12 +1,22 @@
 """Prepared data on disk: Arrow tables under a cache folder, made once, safe when several processes ask at once."""
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import datasets
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from dyncomp.core.errors import DyncompError
+
+MANIFEST = "manifest.json"
 
 
 def cache_root() -> Path:
@@ -16,37 +26,84 @@ def cache_root() -> Path:
 
 
 def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of ``key``, built in a temporary folder and moved into place in one step.
+    """The folder of ``key``; built in a temporary folder and moved into place in one step, under a lock.
 
-    A folder without its ``done`` mark is damaged (an interrupted copy) and is built again.
+    A folder whose files do not match its manifest of checksums is damaged and is built again.
+
+    Raises:
+      DyncompError: the cache folder cannot be written.
     """
     final = cache_root() / "data" / key
-    if (final / "done").exists():
-        return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=final.parent))
     try:
-        build(scratch)
-        (scratch / "done").write_text("")
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(scratch, final)
-    except OSError:
-        if not (final / "done").exists():  # another process may have been first
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.parent / f".{key}.lock"):
+            if not intact(final):
+                _replace(final, build)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DyncompError(
+            f"cannot prepare data in {final.parent}: {reason}; free space or set DYNCOMP_CACHE to another folder"
+        ) from error
     return final
 
 
-def load_table(folder: Path) -> datasets.Dataset:
-    """A memory-mapped table with numpy rows."""
-    return datasets.load_from_disk(str(folder)).with_format("numpy")
+def _replace(final: Path, build: Callable[[Path], None]) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        build(scratch)
+        (scratch / MANIFEST).write_text(json.dumps(_checksums(scratch)))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(scratch, final)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def save_table(table: datasets.Dataset, folder: Path) -> None:
-    """Writes a table without progress bars."""
+def intact(folder: Path) -> bool:
+    """Whether every file has the checksum that was written when the folder was made."""
+    try:
+        return json.loads((folder / MANIFEST).read_text()) == _checksums(folder)
+    except (OSError, ValueError):  # no manifest, or one that is cut off
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(folder).as_posix(): _crc(p) for p in files}
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def save_table(columns: Mapping[str, np.ndarray], folder: Path) -> None:
+    """Writes columns [n k] as a table of fixed-size lists, through Arrow buffers (never row by row)."""
+    arrays = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        for name, values in columns.items()
+    }
+    shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        table.save_to_disk(str(folder))
+        datasets.Dataset(pa.table(arrays)).save_to_disk(str(folder))
     finally:
-        datasets.enable_progress_bars()
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def load_table(folder: Path) -> datasets.Dataset:
+    """A memory-mapped table whose selections are Arrow tables."""
+    table = datasets.Dataset.load_from_disk(str(folder))
+    return table.with_format("arrow")
+
+
+def rows(table: datasets.Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows ``indices`` of a table of fixed-size lists: column -> [b k], one gather for the whole batch."""
+    taken = cast(pa.Table, table[indices])
+    return {
+        name: taken.column(name).combine_chunks().flatten().to_numpy().reshape(len(indices), -1)
+        for name in taken.column_names
+    }

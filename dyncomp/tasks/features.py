@@ -25,6 +25,13 @@ class FeatureTask(Task):
 
     arrays: Mapping[str, Mapping[str, np.ndarray]]
 
+    def __post_init__(self):
+        for split, arrays in self.arrays.items():
+            check_split(split)
+            lengths = {name: len(values) for name, values in arrays.items()}
+            if len(set(lengths.values())) != 1:
+                raise DyncompError(f"FeatureTask {split!r}: arrays of different lengths {lengths}")
+
     def source(self, split: Split) -> ArraySource:
         """Examples of a split."""
         check_split(split)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gzip
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ import numpy as np
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.metrics import Mean
 from dyncomp.tasks.base import ArraySource, Split, Task, check_split
+from dyncomp.tasks.hub import load_hub
 from dyncomp.tasks.objectives import ClassificationObjective, classification_metrics
 
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -73,8 +75,8 @@ def standardize(images: np.ndarray, mean: float, std: float) -> np.ndarray:
 def _digits() -> dict[str, Arrays]:
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    images, labels = standardize(data.images, 4.88, 6.02), data.target.astype(np.int32)
+    pixels, digits = (np.asarray(values) for values in load_digits(return_X_y=True))
+    images, labels = standardize(pixels.reshape(-1, 8, 8), 4.88, 6.02), digits.astype(np.int32)
     shares = {"test": 0.2, "calibration": 0.1, "validation": 0.1, "train": 0.6}
     parts = shuffled_parts(len(labels), shares)
     return {s: {"inputs": images[i], "targets": labels[i]} for s, i in parts.items()}
@@ -95,7 +97,10 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
       DyncompError: the file is damaged.
     """
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raw = b""
     dims = raw[3] if len(raw) > 4 and raw[:3] == b"\0\0\x08" else 0
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
     body = raw[4 + 4 * dims :]
@@ -150,41 +155,49 @@ class HubImages(ImageTask):
 
     Attributes:
       name: hub name, or a builder ("parquet", "imagefolder") with ``data_files``.
+      config: configuration of the data set, if it has several.
       image, label: columns.
       data_files: local files for a builder, e.g. {"train": ..., "test": ...}.
+      size: every picture is resized to size x size pixels; 0 keeps them, then all must be of one size.
+      color: RGB (3 channels) instead of grey (1 channel).
     """
 
     name: str = ""
+    config: str | None = None
     image: str = "image"
     label: str = "label"
-    data_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    data_files: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    size: int = 0
+    color: bool = True
 
     def arrays(self) -> Mapping[str, Arrays]:
         """All four splits, in memory."""
-        key = tuple(sorted(self.data_files.items()))
-        return _hub_images(self.name, self.image, self.label, key)
+        return _hub_images(self, tuple(sorted(self.data_files.items())))
+
+
+def _hub_split(task: HubImages, split: str) -> Arrays:
+    table = load_hub(task.name, task.config, task.data_files, split)
+    missing = [name for name in (task.image, task.label) if name not in table.column_names]
+    if missing:
+        raise DyncompError(f"{task.name}: no column {missing[0]!r}; it has {table.column_names}")
+    pictures = [picture.convert("RGB" if task.color else "L") for picture in table[task.image]]
+    if task.size:
+        pictures = [picture.resize((task.size, task.size)) for picture in pictures]
+    if len({picture.size for picture in pictures}) != 1:
+        raise DyncompError(f"{task.name}: no pictures, or of different sizes: set HubImages.size")
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return {"inputs": pixels, "targets": np.asarray(table[task.label], np.int32)}
 
 
 @functools.lru_cache(maxsize=2)
-def _hub_images(name: str, image: str, label: str, files: tuple) -> dict[str, Arrays]:
-    import datasets
-
-    def read(split: str) -> Arrays:
-        try:
-            table = datasets.load_dataset(name, data_files=dict(files) or None, split=split)
-        except Exception as error:  # the library raises a dozen kinds, most of them network errors
-            reason = str(error).strip().splitlines()[0][:160]
-            raise DyncompError(
-                f"cannot load data set {name!r}: {reason}; with no network use a builder with data_files, or"
-                " tasks.Digits"
-            ) from error
-        pixels = np.stack([np.asarray(picture) for picture in table[image]])  # type: ignore[index]
-        return {"inputs": pixels, "targets": np.asarray(table[label], np.int32)}  # type: ignore[index]
-
-    train, test = read("train"), read("test")
-    mean, std = float(train["inputs"].mean()), float(train["inputs"].std()) or 1.0
-    shares = {"calibration": 0.1, "validation": 0.1, "train": 0.8}
-    parts = shuffled_parts(len(train["targets"]), shares)
+def _hub_images(task: HubImages, files: tuple) -> dict[str, Arrays]:
+    """``files`` is only part of the key of this memory."""
+    train, test = _hub_split(task, "train"), _hub_split(task, "test")
+    parts = shuffled_parts(
+        len(train["targets"]), {"calibration": 0.1, "validation": 0.1, "train": 0.8}
+    )
+    pixels = train["inputs"][parts["train"]]
+    mean, std = float(pixels.mean()), float(pixels.std()) or 1.0
     take = lambda data, index: {
         "inputs": standardize(data["inputs"][index], mean, std),
         "targets": data["targets"][index],

@@ -1,5 +1,6 @@
-"""From (source, seed, step) to batches: order and background reading by grain, no state but the step."""
+"""From (source, seed, step) to batches: background reading by grain, no state but the step."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,18 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.tasks.base import Source
+
+
+@functools.lru_cache(maxsize=8)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of one epoch, int64 [count]: the ranks of ``count`` words of Philox keyed by (seed, epoch).
+
+    The bit generator's raw words are the same in every NumPy release (its ``permutation`` need not be). grain's
+    own shuffle costs 20 us an example here, 0.6 ms for a batch of 32.
+    """
+    order = np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
+    order.flags.writeable = False
+    return order
 
 
 class Loader:
@@ -21,6 +34,7 @@ class Loader:
       seed: of the order.
       batch_size: global batch.
       process_index, process_count: which slice this process reads.
+      shuffle: a new order each epoch; False keeps the source's order.
       workers: threads that read ahead.
       ahead: batches read ahead.
     """
@@ -33,9 +47,12 @@ class Loader:
         batch_size: int,
         process_index: int = 0,
         process_count: int = 1,
+        shuffle: bool = True,
         workers: int = 1,
         ahead: int = 4,
     ):
+        if len(source) == 0:
+            raise DyncompError("the split holds no example: check the task's data")
         if not 1 <= batch_size <= len(source):
             raise DyncompError(
                 f"batch_size={batch_size} of {len(source)} examples: use 1..{len(source)}"
@@ -44,8 +61,12 @@ class Loader:
             raise DyncompError(
                 f"batch_size={batch_size} is not a multiple of {process_count} processes"
             )
+        if not 0 <= process_index < process_count:
+            raise DyncompError(f"process_index={process_index}: use 0..{process_count - 1}")
+        if seed < 0:
+            raise DyncompError(f"seed={seed}: use 0 or more")
         self.source, self.batch_size = source, batch_size
-        self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self.seed, self.shuffle = seed, shuffle
         self.slice = (process_index, process_count)
         self.workers, self.ahead = workers, ahead
 
@@ -54,9 +75,14 @@ class Loader:
         index, processes = self.slice
         each = self.batch_size // processes
         start = step * self.batch_size + index * each
-        return np.asarray(
-            [self.order[position] for position in range(start, start + each)], np.int64
-        )
+        epochs, places = np.divmod(np.arange(start, start + each), len(self.source))
+        if not self.shuffle:
+            return places
+        found = np.empty(each, np.int64)
+        for epoch in np.unique(epochs):  # one or two: a batch is no larger than an epoch
+            here = epochs == epoch
+            found[here] = epoch_order(self.seed, int(epoch), len(self.source))[places[here]]
+        return found
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Batch ``step``."""

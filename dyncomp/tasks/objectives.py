@@ -16,6 +16,12 @@ from dyncomp.core.typing import Array, Float, Int
 Reduce = Literal["mean", "sum"]
 
 
+def check_reduce(reduce: str) -> None:
+    """Refuses an unknown way to fold the layers of a loss."""
+    if reduce not in ("mean", "sum"):
+        raise DyncompError(f"aux_reduce={reduce!r}: use 'mean' or 'sum'")
+
+
 def weighted_aux(
     aux: Aux, weights: Mapping[str, float], reduce: Reduce
 ) -> tuple[Float[Array, ""], dict[str, Mean]]:
@@ -24,8 +30,6 @@ def weighted_aux(
     Raises:
       DyncompError: a weight names a loss that no module reports.
     """
-    if reduce not in ("mean", "sum"):
-        raise DyncompError(f"aux_reduce={reduce!r}: use 'mean' or 'sum'")
     named = {name: jnp.concatenate(values) for name, values in losses_by_name(aux.losses).items()}
     unknown = [name for name in weights if name not in named]
     if unknown:
@@ -49,18 +53,28 @@ class LMObjective:
     Attributes:
       aux_weights: weight of each named auxiliary loss; unnamed ones are only reported.
       aux_reduce: average or sum a loss over layers (the sheets often do not say; default mean).
+      z_loss: weight of the mean squared log-partition of the output softmax (PaLM, Chowdhery et al. 2022, sec. 5:
+        1e-4); 0 leaves it out.
     """
 
-    aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     aux_reduce: Reduce = "mean"
+    z_loss: float = 0.0
+
+    def __post_init__(self):
+        check_reduce(self.aux_reduce)
 
     def __call__(
         self, output: Float[Array, "b t v"], aux: Aux, batch: Mapping[str, Any], step: Any
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
-        """Loss and the metrics loss, nll and every auxiliary loss."""
+        """Loss, and the metrics nll (nats a token), output_z if asked for, and every auxiliary loss."""
         nll = Mean.of(token_nll(output, batch["targets"]), batch["mask"])
         extra, metrics = weighted_aux(aux, self.aux_weights, self.aux_reduce)
         loss = nll.total / jnp.maximum(nll.count, 1.0) + extra
+        if self.z_loss:
+            log_z = jax.nn.logsumexp(output.astype(jnp.float32), axis=-1)
+            metrics["output_z"] = Mean.of(jnp.square(log_z), batch["mask"])
+            loss += self.z_loss * metrics["output_z"].total / jnp.maximum(nll.count, 1.0)
         return loss, {"nll": nll, **metrics}
 
 
@@ -74,12 +88,13 @@ class ClassificationObjective:
     """
 
     label_smoothing: float = 0.0
-    aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     aux_reduce: Reduce = "mean"
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise DyncompError(f"label_smoothing={self.label_smoothing}: use [0, 1)")
+        check_reduce(self.aux_reduce)
 
     def __call__(
         self, output: Float[Array, "b c"], aux: Aux, batch: Mapping[str, Any], step: Any
