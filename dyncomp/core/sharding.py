@@ -6,6 +6,7 @@ mesh axis a name means is decided above, in one table.
 
 import contextlib
 import contextvars
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,19 +14,22 @@ import jax
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array
+from dyncomp_kernels._compat import vary_like
 
 AxisNames = Sequence[str | None]
 MeshAxes = str | tuple[str, ...] | None
 
-_RULES: contextvars.ContextVar[Mapping[str, MeshAxes]] = contextvars.ContextVar("rules", default={})
+_NO_RULES: Mapping[str, MeshAxes] = types.MappingProxyType({})
+_RULES: contextvars.ContextVar[Mapping[str, MeshAxes]] = contextvars.ContextVar("rules")
 
 Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
 def axis_rules(rules: Mapping[str, MeshAxes]) -> Iterator[None]:
-    """Sets the table from logical names to mesh axes while tracing; names not in it are replicated."""
+    """Sets the table from logical names to mesh axes while tracing; an empty table replicates everything."""
     token = _RULES.set(dict(rules))
     try:
         yield
@@ -34,11 +38,19 @@ def axis_rules(rules: Mapping[str, MeshAxes]) -> Iterator[None]:
 
 
 def to_spec(names: AxisNames) -> PartitionSpec:
-    """The partition spec of logical names under the current rules; a mesh axis is used at most once."""
+    """The partition spec of logical names under the current rules; a mesh axis is used at most once.
+
+    Raises:
+      DyncompError: a name is not in the table.
+    """
+    table = _RULES.get(_NO_RULES)
     used: set[str] = set()
     entries: list[MeshAxes] = []
     for name in names:
-        axes = _RULES.get().get(name) if name else None
+        if name and table and name not in table:
+            known = ", ".join(sorted(table))
+            raise DyncompError(f"axis name {name!r} is not in the table of rules; known: {known}")
+        axes = table.get(name) if name else None
         axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
         free = tuple(axis for axis in axes if axis not in used)
         used.update(free)
@@ -65,10 +77,12 @@ def local_op(
 ) -> Callable[..., Result]:
     """Runs ``fn`` on each device's shard; identity on one device.
 
-    Kernels cannot be partitioned automatically, so every kernel call under a mesh sits in one of these.
+    Kernels cannot be partitioned automatically, so every kernel call under a mesh sits in one of these. Inside,
+    every argument counts as varying over all axes that any argument is split over, so that a custom gradient of
+    ``fn`` never has to sum over devices: the gradient of an argument that is whole on each device is summed here.
 
     Args:
-      fn: function of arrays.
+      fn: function of arrays; a result must be split over the same axes as the arguments together.
       in_names: logical axis names of each argument.
       out_names: logical axis names of the result, or a pytree of such tuples.
     """
@@ -80,7 +94,11 @@ def local_op(
     )
     out_specs = jax.tree.map(to_spec, out_names, is_leaf=is_names)
     in_specs = tuple(to_spec(names) for names in in_names)
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=True)
+
+    def shard(*args: Array) -> Result:
+        return fn(*(vary_like(arg, *args) for arg in args))
+
+    return jax.shard_map(shard, in_specs=in_specs, out_specs=out_specs, check_vma=True)
 
 
 def param(

@@ -1,0 +1,68 @@
+"""One table from the logical names that modules use to mesh axes.
+
+A name that is not in the table is an error (`dyncomp.core.sharding.to_spec`), so a typo cannot silently replicate.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.sharding import MeshAxes, axis_rules
+from dyncomp.parallel.mesh import AXES, BATCH_AXES
+
+RULES: Mapping[str, MeshAxes] = {
+    # activations
+    "batch": BATCH_AXES,
+    "seq": None,
+    "rows": (
+        *BATCH_AXES,
+        "tensor",
+    ),  # flattened (batch, seq) inside a local_op: every device has its own
+    # parameters (and the widths of activations; an axis that the batch already uses is skipped there)
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "vocab": "tensor",
+    "expert": "expert",
+    "router": None,
+    "classes": None,
+    "exits": None,
+    "layers": None,
+}
+
+
+def make_rules(overrides: Mapping[str, Any] | None = None) -> dict[str, MeshAxes]:
+    """The table with changes.
+
+    Args:
+      overrides: logical name -> mesh axis, tuple of them, or None (replicated).
+
+    Raises:
+      DyncompError: an override names no mesh axis.
+    """
+    table = dict(RULES)
+    for name, value in (overrides or {}).items():
+        axes = (value,) if isinstance(value, str) else tuple(value or ())
+        wrong = [axis for axis in axes if axis not in AXES]
+        if wrong:
+            raise DyncompError(
+                f"rule {name!r}: no mesh axis {wrong[0]!r}; use {', '.join(AXES)} or None"
+            )
+        table[name] = axes[0] if len(axes) == 1 else axes or None
+    return table
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None, rules: Mapping[str, MeshAxes] | None = None) -> Iterator[None]:
+    """Runs and traces the body on ``mesh`` under ``rules`` (default `RULES`); nothing changes for None."""
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh), axis_rules(RULES if rules is None else rules):
+        yield
