@@ -1,0 +1,141 @@
+"""Reads compiled program text: which collectives and which kernels it has, and how often they run.
+
+XLA's text is not an interface, so only what has been stable for years is read: one instruction a line, shapes in front
+of the operation, channel numbers, custom call targets, computations by name. A collective that the compiler split into
+a start, fused steps and a done keeps one channel number and counts once.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\([^{]*)?.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_COLLECTIVE = re.compile(r" (" + "|".join(KINDS) + r")(-start)?\(")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count[^0-9}]*"?n?"?[^0-9}]*(\d+)')
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Collectives of one kind in one step.
+
+    Attributes:
+      sites: places in the program.
+      runs: executions a step; a loop of unknown length counts once.
+      bytes: bytes of results on one device a step, same caveat.
+    """
+
+    sites: int = 0
+    runs: int = 0
+    bytes: int = 0
+
+
+def collectives(text: str) -> dict[str, Traffic]:
+    """Traffic by kind."""
+    computations = _computations(text)
+    times = _executions(computations)
+    best: dict[tuple[str, str], tuple[int, int]] = {}
+    for name, lines in computations.items():
+        for label, line in lines:
+            if found := _COLLECTIVE.search(line):
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = (found.group(1), channel.group(1) if channel else label)
+                size = (times.get(name, 1), _result_bytes(line[: found.start()]))
+                best[key] = max(best.get(key, (0, 0)), size)
+    out: dict[str, Traffic] = {}
+    for (kind, _), (runs, size) in best.items():
+        traffic = out.setdefault(kind, Traffic())
+        traffic.sites += 1
+        traffic.runs += runs
+        traffic.bytes += runs * size
+    return dict(sorted(out.items()))
+
+
+def kernels(text: str) -> dict[str, int]:
+    """Places in the program that call a hand-written kernel, by the kernel's name."""
+    found: dict[str, int] = {}
+    for lines in _computations(text).values():
+        for label, line in lines:
+            if 'custom_call_target="tpu_custom_call"' in line or "__gpu$" in line:
+                name = re.sub(r"[.\d]+$", "", label)
+                found[name] = found.get(name, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def _computations(text: str) -> dict[str, list[tuple[str, str]]]:
+    """Computation name -> [(instruction name, rest of its line)]; the entry is called ``ENTRY``."""
+    out: dict[str, list[tuple[str, str]]] = {}
+    current: list[tuple[str, str]] | None = None
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            head = None if line.startswith("HloModule") else _HEAD.match(line)
+            current = out.setdefault("ENTRY" if head[1] else head[2], []) if head else None
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current.append((found.group(1), found.group(2)))
+    return out
+
+
+def _called(line: str) -> Iterator[str]:
+    yield from _CALLED.findall(line)
+    for names in _BRANCHES.findall(line):
+        yield from (name.strip().lstrip("%") for name in names.split(","))
+
+
+def _executions(computations: Mapping[str, list[tuple[str, str]]]) -> dict[str, int]:
+    """How often each computation runs a step, as far as loop lengths can be read."""
+    times: dict[str, int] = {}
+
+    def visit(name: str, count: int) -> None:
+        if name not in computations or times.get(name, 0) >= count:
+            return
+        times[name] = count
+        for _, line in computations[name]:
+            trips = _trip_count(line, computations) if " while(" in line else 1
+            for callee in _called(line):
+                visit(callee, count * trips)
+
+    visit("ENTRY", 1)
+    return times
+
+
+def _trip_count(line: str, computations: Mapping[str, list[tuple[str, str]]]) -> int:
+    """Iterations of a while loop: as noted by XLA, or the one constant its condition compares with."""
+    if noted := _TRIPS.search(line):
+        return int(noted.group(1))
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    body = computations.get(condition.group(1), []) if condition else []
+    limits = [int(found) for _, text in body for found in _LIMIT.findall(text)]
+    return limits[0] if len(limits) == 1 and limits[0] > 0 else 1
+
+
+def _result_bytes(shapes: str) -> int:
+    """Bytes of a result; of the (operands, results) tuple of an asynchronous start, the results."""
+    sizes = [_bytes(kind, dims) for kind, dims in _SHAPE.findall(shapes)]
+    if shapes.lstrip().startswith("((") and len(sizes) % 2 == 0:
+        return sum(sizes[len(sizes) // 2 :])
+    return sum(sizes)
+
+
+def _bytes(kind: str, dims: str) -> int:
+    digits = re.search(r"\d+", kind)
+    bits = _BITS.get(kind) or (int(digits.group()) if digits else 0)
+    count = 1
+    for dim in filter(None, dims.split(",")):
+        count *= int(dim)
+    return -(-count * bits // 8)

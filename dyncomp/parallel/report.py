@@ -1,0 +1,113 @@
+"""What an ahead-of-time compile tells, as a table and as JSON."""
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from dyncomp.parallel.hlo import Traffic
+
+GIB = 2**30
+CAVEAT = (
+    "XLA counts the body of a scanned loop once and a kernel without a cost estimate as nothing; "
+    "ours counts every layer, from the ledger's prices of the events the step executes at most."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device, by XLA's accounts.
+
+    Attributes:
+      arguments, outputs, temporaries: as named; ``aliased`` is the part of the outputs that reuses arguments.
+      code: generated program.
+      peak: XLA's high-water mark where it gives one, else arguments + outputs + temporaries - aliased.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    code: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileReport:
+    """A compiled train step.
+
+    Attributes:
+      topology: what it was compiled for.
+      mesh: devices per axis.
+      devices: how many.
+      device_memory: bytes of one device; None where there is no fixed limit.
+      memory: bytes needed on one device; None when XLA refused the program for want of memory.
+      fits: whether it fits; None without a limit.
+      refused: XLA's words when it does not fit.
+      xla_flops: of one device and step, by XLA (loops once); None if refused.
+      ledger_flops: of one device and step, forward and backward, by our prices; None where prices need counts.
+      collectives: by kind.
+      kernels: calls of hand-written kernels in the program, by name.
+      parameters: scalars in the model.
+      batch: shapes of the global batch.
+      seconds: spent tracing and compiling.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    devices: int
+    device_memory: int | None
+    memory: Memory | None
+    fits: bool | None
+    refused: str = ""
+    xla_flops: float | None = None
+    ledger_flops: int | None = None
+    collectives: dict[str, Traffic] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    parameters: int = 0
+    batch: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        """All fields and the verdict, as JSON text."""
+        return json.dumps({**dataclasses.asdict(self), "verdict": self.verdict()}, indent=1)
+
+    def verdict(self) -> str:
+        """One line: fits or not, and by how much."""
+        if self.memory is None:
+            return f"does not fit: {self.refused}"
+        used = f"{self.memory.peak / GIB:.2f} GiB"
+        if self.device_memory is None:
+            return f"compiled; {used} a device"
+        word = "fits" if self.fits else "does not fit"
+        return f"{word}: {used} of {self.device_memory / GIB:.0f} GiB a device"
+
+    def table(self) -> Any:
+        """A renderable for rich."""
+        grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for key, value in self._rows():
+            grid.add_row(key, value)
+        style = "bold red" if self.fits is False else "bold green"
+        return Group(grid, Text(self.verdict(), style=style), Text(CAVEAT, style="dim"))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        mesh = " x ".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "1 device"
+        rows = [("topology", f"{self.topology} ({self.devices} devices, {mesh})")]
+        rows.append(("parameters", f"{self.parameters:,}"))
+        rows.append(("global batch", ", ".join(f"{k} {list(s)}" for k, s in self.batch.items())))
+        if self.memory:
+            for name, size in dataclasses.asdict(self.memory).items():
+                rows.append((f"{name} a device", f"{size / GIB:.3f} GiB"))
+        if self.xla_flops is not None:
+            rows.append(("FLOPs a device (XLA)", f"{self.xla_flops:.3e}"))
+        if self.ledger_flops is not None:
+            rows.append(("FLOPs a device (ours, at most)", f"{self.ledger_flops:.3e}"))
+        for kind, t in self.collectives.items():
+            rows.append((kind, f"{t.sites} places, {t.runs} runs, {t.bytes / GIB:.3f} GiB a step"))
+        for name, count in self.kernels.items():
+            rows.append((f"kernel {name}", f"{count} places"))
+        rows.append(("compiled in", f"{self.seconds:.1f} s"))
+        return rows
