@@ -1,9 +1,12 @@
 """Mergeable metrics: sums and counts, never means of means."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from dyncomp.core.typing import Array, Float
+
+Floats = Float[Array | np.ndarray, "..."]
 
 
 @struct.dataclass
@@ -14,7 +17,7 @@ class Mean:
     count: Float[Array, "..."]
 
     @classmethod
-    def of(cls, values: Float[Array, "..."], weights: Float[Array, "..."] | None = None) -> "Mean":
+    def of(cls, values: Floats, weights: Floats | None = None) -> "Mean":
         """Weighted sum over all elements of ``values`` (float32)."""
         values = jnp.asarray(values).astype(jnp.float32)
         weights = jnp.ones_like(values) if weights is None else weights.astype(jnp.float32)

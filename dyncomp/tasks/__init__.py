@@ -6,8 +6,10 @@ from dyncomp.tasks.features import FeatureTask
 from dyncomp.tasks.images import Digits, FashionMNIST, HubImages
 from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
+from dyncomp.tasks.token_classes import CLASSES, byte_classes, token_classes
 
 __all__ = [
+    "CLASSES",
     "ClassificationObjective",
     "CodeLM",
     "Digits",
@@ -20,4 +22,6 @@ __all__ = [
     "Source",
     "Task",
     "TextFiles",
+    "byte_classes",
+    "token_classes",
 ]

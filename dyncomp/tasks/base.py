@@ -1,9 +1,11 @@
 """What a task is: random-access data in four splits, a default objective, and mergeable metrics."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from dyncomp.core.errors import DyncompError
@@ -14,6 +16,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
 Batch = Mapping[str, Any]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to the examples of one split."""
 
@@ -26,6 +29,7 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Model output to loss; a frozen dataclass, so that it can be a static argument."""
 
@@ -59,6 +63,11 @@ class Task:
     def objective(self) -> Objective:
         """The default objective."""
         raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """Shape and dtype of one example of a batch; known without the data where the options say it."""
+        example = self.source("train").batch(np.zeros((1,), np.int64))
+        return {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in example.items()}
 
     def metrics(self, output: Any, batch: Batch) -> dict[str, Mean]:
         """Metrics of one batch, as sums and counts."""
@@ -96,8 +105,6 @@ class ArraySource:
 
 def part(key: str, shares: Mapping[str, float]) -> str:
     """A split for a key, by hash: stable whatever else is in the collection."""
-    import hashlib
-
     point = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
     for name, share in shares.items():
         if point < share:

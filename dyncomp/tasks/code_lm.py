@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -102,6 +103,12 @@ class TextTask(Task):
         if self.tokenizer == "bytes":
             return ByteTokenizer()
         return BPETokenizer.load(_prepared(self, cache_root()) / "tokenizer.json")
+
+    def spec(self) -> dict[str, Any]:
+        """Shapes from ``context`` alone: a model of any corpus compiles without the corpus."""
+        tokens = jax.ShapeDtypeStruct((self.context,), jnp.int32)
+        weights = jax.ShapeDtypeStruct((self.context,), jnp.float32)
+        return {"inputs": tokens, "targets": tokens, "bytes": weights, "mask": weights}
 
     def objective(self) -> LMObjective:
         """Next-token cross-entropy."""
@@ -223,5 +230,6 @@ class HubText(TextTask):
                 f"{self.name}: no column {self.column!r}; it has {table.column_names}"
             )
         count = min(self.max_documents or len(table), len(table))
-        texts = table.select(range(count))[self.column]
-        return list(corpus.distinct((str(i), str(text).encode()) for i, text in enumerate(texts)))
+        texts = [str(text or "") for text in table.select(range(count))[self.column]]
+        named = ((f"{i:09d}", text.encode("utf-8", "replace")) for i, text in enumerate(texts))
+        return list(corpus.distinct(named))

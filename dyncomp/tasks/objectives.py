@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dyncomp.core.aux import Aux, losses_by_name
@@ -41,9 +42,12 @@ def weighted_aux(
     return total, {name: Mean.of(fold(values)) for name, values in named.items()}
 
 
-def token_nll(logits: Float[Array, "*n v"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
+def token_nll(
+    logits: Float[Array, "*n v"], targets: Int[Array | np.ndarray, "*n"]
+) -> Float[Array, "*n"]:
     """Negative log-likelihood in nats, float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    labels = jnp.asarray(targets)
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
 @dataclasses.dataclass(frozen=True)

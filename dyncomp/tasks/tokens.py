@@ -1,15 +1,27 @@
 """Tokenizers: bytes (256 symbols) and byte-level BPE trained on the training split only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from dyncomp.core.errors import DyncompError
+from dyncomp.core.typing import Int
 
 TokenizerKind = Literal["bytes", "bpe"]
 BYTES = 256
+Tokens = Sequence[int] | Int[np.ndarray, "n"]
+
+
+def _byte_symbols() -> dict[str, int]:
+    """Byte-level BPE's printable stand-ins (GPT-2): printable Latin-1 stands for itself, the rest from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(BYTES) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(BYTES + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_symbols()
 
 
 class ByteTokenizer:
@@ -22,7 +34,11 @@ class ByteTokenizer:
         tokens = np.frombuffer(content, np.uint8).astype(np.int32)
         return tokens, np.ones_like(tokens)
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def pieces(self, tokens: Tokens) -> list[bytes]:
+        """The bytes of each token."""
+        return [bytes([int(token)]) for token in tokens]
+
+    def decode(self, tokens: Tokens) -> str:
         """Text of tokens; invalid UTF-8 is replaced."""
         return bytes(int(t) for t in tokens).decode("utf-8", "replace")
 
@@ -74,6 +90,11 @@ class BPETokenizer:
         widths = np.asarray([len(piece) for piece in found.tokens], np.int32)
         return np.asarray(found.ids, np.int32), widths
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def pieces(self, tokens: Tokens) -> list[bytes]:
+        """The bytes of each token."""
+        surfaces = [self.model.id_to_token(int(token)) for token in tokens]
+        return [bytes(_BYTE_OF[symbol] for symbol in surface) for surface in surfaces]
+
+    def decode(self, tokens: Tokens) -> str:
         """Text of tokens."""
         return self.model.decode([int(t) for t in tokens])
