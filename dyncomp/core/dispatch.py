@@ -5,7 +5,7 @@ dropped. Each also reports what it really ran.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from dyncomp.core.plans import KeepPlan, RoutePlan
 from dyncomp.core.typing import Array, Bool, Float, Int
 
 
+@runtime_checkable
 class Bank(Protocol):
     """Alternatives (experts) as pure functions of rows."""
 
