@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from dyncomp.core.typing import Array, Float, Int
@@ -19,8 +20,8 @@ class Count:
       executed: int32, same shape.
     """
 
-    needed: Int[Array, "..."]
-    executed: Int[Array, "..."]
+    needed: Int[Array | np.ndarray, "..."]  # constants of a rematerialised body come back as numpy
+    executed: Int[Array | np.ndarray, "..."]
 
 
 def count(needed: Any, executed: Any = None) -> Count:
