@@ -105,7 +105,7 @@ def compile_program(program: Program, mesh: Mesh, rules: Mapping[str, Any]) -> A
             out_shardings=(state, None),
             donate_argnums=0,
         )
-        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        seed = jax.ShapeDtypeStruct((), jnp.int32)
         lowered = step.lower(program.state, dict(program.batch), seed)
         try:
             return lowered.compile()

@@ -1,6 +1,5 @@
 """How often events happen in one forward pass, read from the traced program without running the model."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from dyncomp.core.aux import Count, flatten
+from dyncomp.core.aux import flatten
 from dyncomp.core.plans import RoutePlan
 from dyncomp.core.typing import PyTree
 from dyncomp.models.layout import apply
@@ -25,36 +24,24 @@ def executed_at_most(model: Any, variables: PyTree, inputs: Any) -> dict[str, in
       variables: abstract, unboxed.
       inputs: abstract.
     """
-    keys = {
-        name: jax.ShapeDtypeStruct((), jax.random.key(0).dtype) for name in ("router", "dropout")
-    }
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    slots: dict[str, int] = {}
+    paths: list[str] = []
 
-    def forward(variables: Any, inputs: Any, keys: Any, capture: tuple[str, ...]) -> Any:
-        _, aux = apply(model, variables, inputs, train=True, rngs=keys, capture=capture)
-        return aux
+    def executed(variables: Any, inputs: Any, keys: Any) -> list[Any]:
+        _, aux = apply(model, variables, inputs, train=True, rngs=keys, capture=("plan",))
+        slots.update(_plan_slots(aux.plans))
+        events = flatten(aux.events)
+        paths.extend(events)
+        return [count.executed for count in events.values()]
 
-    aux = jax.eval_shape(lambda *args: forward(*args, ("plan",)), variables, inputs, keys)
-    traced = jax.make_jaxpr(lambda *args: forward(*args, ()).events)(variables, inputs, keys)
-    events = flatten(aux.events)
-    slots = _plan_slots(aux.plans)
-    places = {
-        path: next((size for prefix, size in slots.items() if path.startswith(prefix)), None)
-        for path in events
-    }
-    out = {}
-    for index, path in enumerate(events_order(events, aux.events)):
-        fixed = _constant(traced, 2 * index + 1)
-        out[path] = places[path] if fixed is None else fixed
+    traced = jax.make_jaxpr(executed)(variables, inputs, {"router": key, "dropout": key})
+    out: dict[str, int | None] = {}
+    for index, path in enumerate(paths):
+        fixed = _constant(traced, index)
+        bound = next((size for prefix, size in slots.items() if path.startswith(prefix)), None)
+        out[path] = bound if fixed is None else fixed
     return out
-
-
-def events_order(events: Mapping[str, Any], tree: Any) -> list[str]:
-    """Paths in the order in which jax flattens the tree (needed, executed of each)."""
-    is_count = lambda node: isinstance(node, Count)
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_count)
-    paths = ["/".join(str(key.key) for key in path) for path, _ in flat]
-    assert sorted(paths) == sorted(events)
-    return paths
 
 
 def _plan_slots(plans: Any) -> dict[str, int]:
