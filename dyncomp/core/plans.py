@@ -1,4 +1,7 @@
-"""Plans: frozen pytrees that say what will be computed. Any dispatch, ledger or plot can read them."""
+"""Plans: frozen pytrees that say what will be computed. Any dispatch, ledger or plot can read them.
+
+Captured under a scanned group, every leaf has a leading layer axis (``*l``).
+"""
 
 import jax.numpy as jnp
 from flax import struct
@@ -16,9 +19,9 @@ class RoutePlan:
       keep: bool [n k], whether the slot is used.
     """
 
-    experts: Int[Array, "n k"]
-    weights: Float[Array, "n k"]
-    keep: Bool[Array, "n k"]
+    experts: Int[Array, "*l n k"]
+    weights: Float[Array, "*l n k"]
+    keep: Bool[Array, "*l n k"]
 
     def counts(self) -> Int[Array, "n"]:
         """How many alternatives each row uses, int32."""
@@ -55,9 +58,9 @@ class KeepPlan:
       weights: float32 [k], factor on the unit's output; gradients reach the scores through it.
     """
 
-    index: Int[Array, "k"]
-    keep: Bool[Array, "k"]
-    weights: Float[Array, "k"]
+    index: Int[Array, "*l k"]
+    keep: Bool[Array, "*l k"]
+    weights: Float[Array, "*l k"]
 
 
 @struct.dataclass
@@ -69,8 +72,8 @@ class ExitPlan:
       scores: float32 [b x], the score that decided at each exit (as far as it is defined).
     """
 
-    exit: Int[Array, "b"]
-    scores: Float[Array, "b x"]
+    exit: Int[Array, "*l b"]
+    scores: Float[Array, "*l b x"]
 
     def histogram(self, num_exits: int) -> Int[Array, "x"]:
         """How many examples leave at each exit, int32."""
