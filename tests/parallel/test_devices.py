@@ -20,7 +20,7 @@ MESHES = {
     "data4": MeshSpec(),
     "fsdp2": MeshSpec(fsdp=2),
     "tensor2": MeshSpec(tensor=2),
-    "expert2": MeshSpec(expert=2, tensor=2),
+    "expert4": MeshSpec(expert=4),
 }
 UNITS = {
     "dense": functools.partial(experts.SwiGLU, hidden=24),
@@ -56,6 +56,10 @@ def make_run(unit, **fields):
     )
 
 
+# What is compared is mathematics, so the compiler need not work hard.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.cache
 def train(unit, mesh_name, accumulate=1):
     """Losses and parameters of three steps on one batch."""
@@ -70,14 +74,14 @@ def train(unit, mesh_name, accumulate=1):
     mesh = MESHES[mesh_name].build() if mesh_name else None
     with use(mesh):
         if mesh is None:
-            state, step = jax.jit(make)(batch["inputs"]), jax.jit(step)
+            state, step = jit(make)(batch["inputs"]), jit(step)
         else:
             boxed = jax.eval_shape(
                 lambda: init_variables(run.model, jnp.asarray(batch["inputs"]), 0)
             )
             placed, cut = shardings_for(boxed, jax.eval_shape(make, batch["inputs"]), mesh)
-            state = jax.jit(make, out_shardings=placed)(batch["inputs"])
-            step = jax.jit(step, in_shardings=(placed, cut, None), out_shardings=(placed, None))
+            state = jit(make, out_shardings=placed)(batch["inputs"])
+            step = jit(step, in_shardings=(placed, cut, None), out_shardings=(placed, None))
         losses, events = [], []
         for _ in range(3):
             state, out = step(state, make_global_batch(batch, mesh), jnp.int32(0))
@@ -86,8 +90,10 @@ def train(unit, mesh_name, accumulate=1):
     return np.array(losses), jax.device_get(state.params), events, state
 
 
-@pytest.mark.parametrize("mesh", list(MESHES))
-@pytest.mark.parametrize("unit", list(UNITS))
+CASES = [(unit, mesh) for unit in UNITS for mesh in MESHES if (unit, mesh) != ("dense", "expert4")]
+
+
+@pytest.mark.parametrize(("unit", "mesh"), CASES)
 def test_four_devices_train_like_one(unit, mesh):
     losses, params, events, _ = train(unit, None)
     others, theirs, counted, state = train(unit, mesh)
