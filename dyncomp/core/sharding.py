@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from flax import linen as nn
@@ -119,4 +119,4 @@ def param(
             f"{name}: {len(shape)} dimensions but {len(axes)} axis names {tuple(axes)}"
         )
     boxed = nn.with_logical_partitioning(draw, tuple(axes))
-    return module.param(name, boxed, tuple(shape))
+    return cast(Array, module.param(name, boxed, tuple(shape)))  # Linen unboxes what it returns

@@ -6,7 +6,6 @@ looks for a TPU.
 """
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -110,10 +109,10 @@ def compile_program(program: Program, mesh: Mesh, rules: Mapping[str, Any]) -> A
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"Used \S+ of \S+ hbm[^\n]*", str(error))
-            if not found:
-                raise DyncompError(f"XLA: {str(error).splitlines()[0][:300]}") from error
-            return found.group(0)
+            said = str(error).splitlines()[0][:300]
+            if "RESOURCE_EXHAUSTED" not in said:
+                raise DyncompError(f"XLA: {said}") from error
+            return said.partition("RESOURCE_EXHAUSTED: ")[2]
 
 
 def _memory(compiled: Any) -> Memory:
