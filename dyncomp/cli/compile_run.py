@@ -25,8 +25,13 @@ def add(commands: Any) -> None:
 def _main(args: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from rich.console import Console
+
     from dyncomp import config
     from dyncomp.parallel.aot import compile_run
 
     report = compile_run(config.load(args.config, args.overrides), args.topology)
-    print(report.to_json() if args.json else report.table())
+    if args.json:
+        print(report.to_json())
+    else:
+        Console().print(report.table())
