@@ -21,6 +21,13 @@ HBM = {
 """Memory of one device, bytes, as published by the maker (tpu7x: one of a chip's two devices)."""
 
 EXAMPLES = "v4:4x4x4, v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1, cpu:4"
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Answers to what libtpu asks of a TPU machine when it loads; they do not change what it compiles for."""
+
 _TPU = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):\d+x\d+(x\d+)?")
 _CPU = re.compile(r"cpu:(\d+)")
 
@@ -73,8 +80,8 @@ def _cpu_devices(count: int) -> Sequence[Any]:
 def _tpu_devices(name: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
-    # libtpu otherwise asks a metadata server that exists only on a real TPU machine.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     try:
         import libtpu  # noqa: F401  # ty: ignore
     except ImportError:
