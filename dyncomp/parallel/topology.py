@@ -12,13 +12,13 @@ from dyncomp.core.errors import DyncompError
 
 GIB = 2**30
 HBM = {
-    "v4": 32 * GIB,
+    "v4": 16 * GIB,
     "v5e": 16 * GIB,
     "v5p": 95 * GIB,
     "v6e": 32 * GIB,
     "tpu7x": 96 * GIB,
 }
-"""Memory of one device, bytes, as published by the maker (tpu7x: one of a chip's two devices)."""
+"""Memory of one device, bytes, as published by the maker; v4 and tpu7x chips are two devices each."""
 
 EXAMPLES = "v4:4x4x4, v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1, cpu:4"
 QUIET = {
@@ -83,7 +83,7 @@ def _tpu_devices(name: str) -> Sequence[Any]:
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     try:
-        import libtpu  # noqa: F401  # ty: ignore
+        import libtpu  # noqa: F401
     except ImportError:
         raise DyncompError(
             f'topology {name} needs the TPU compiler: pip install "dyncomp[tpu]"'
