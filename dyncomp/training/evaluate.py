@@ -1,0 +1,159 @@
+"""Evaluation: quality and compute, from the same pass."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dyncomp.core.aux import flatten
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Ledger
+from dyncomp.core.metrics import Mean
+from dyncomp.tasks.base import Split
+from dyncomp.tasks.loader import sequential
+from dyncomp.training.run import Run
+from dyncomp.training.state import paths
+from dyncomp.training.step import eval_step
+
+
+class Evaluator:
+    """Evaluates states of one run; compiles once, whatever the controls.
+
+    Args:
+      run: the run.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.step = jax.jit(eval_step(run))
+
+    def __call__(
+        self, variables: Mapping[str, Any], split: Split = "validation", batches: int | None = None
+    ) -> dict[str, Any]:
+        """Quality and compute of a split.
+
+        Returns:
+          ``{"quality": {metric: value}, "compute": {...}, "ledger": rows}``; compute has ``flops_needed`` and
+          ``flops_executed`` per element (token or image), ``elements``, and ``events_per_element``.
+        """
+        source = self.run.task.source(split)
+        size = min(self.run.batch_size, len(source))
+        sums: dict[str, Mean] = {}
+        ledger: Ledger | None = None
+        elements = 0
+        for batch in sequential(source, size, batches):
+            out = jax.device_get(self.step(variables, batch))
+            sums = merge(sums, out["metrics"])
+            if ledger is None:
+                ledger = Ledger(self.run.model.cost(batch["inputs"].shape))
+            ledger.record(out["events"])
+            elements += int(batch["mask"].sum())
+        assert ledger is not None
+        return {
+            "split": split,
+            "quality": self.run.task.summarize(sums),
+            "compute": compute(ledger, elements),
+            "ledger": list(ledger.rows()),
+        }
+
+    def seconds(self, variables: Mapping[str, Any], split: Split, repeats: int = 3) -> float:
+        """Median wall-clock seconds of one batch (compiled, warm)."""
+        source = self.run.task.source(split)
+        batch = next(sequential(source, min(self.run.batch_size, len(source))))
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(self.step(variables, batch))
+            times.append(time.perf_counter() - start)
+        return float(np.median(times[1:]))
+
+    def pareto(
+        self, variables: Mapping[str, Any], split: Split = "validation", batches: int | None = None
+    ) -> list[dict[str, Any]]:
+        """One point for each setting of the swept controls (and the setting as trained), nothing recompiled."""
+        points = [{}, *({n: v} for n, values in self.run.sweep.items() for v in values)]
+        rows = []
+        for controls in points:
+            changed = set_controls(variables, controls)
+            found = self(changed, split, batches)
+            seconds = self.seconds(changed, split)
+            headline = found["quality"][self.run.task.headline]
+            row = {"controls": controls, self.run.task.headline: headline, "seconds": seconds}
+            rows.append({**row, **found["compute"]})
+        return rows
+
+
+def compute(ledger: Ledger, elements: int) -> dict[str, Any]:
+    """Per-element FLOPs, and how often each event was needed per element."""
+    each = max(elements, 1)
+    return {
+        "flops_needed": ledger.total("needed") / each,
+        "flops_executed": ledger.total("executed") / each,
+        "elements": elements,
+        "events_per_element": {path: e.needed / each for path, e in ledger.entries.items()},
+    }
+
+
+def merge(sums: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Mean]:
+    """Adds metrics in float64 on the host."""
+    out = {}
+    for name, mean in new.items():
+        total, count = np.float64(np.sum(mean.total)), np.float64(np.sum(mean.count))
+        old = sums.get(name)
+        out[name] = (
+            Mean(total, count) if old is None else Mean(old.total + total, old.count + count)
+        )
+    return out
+
+
+def set_controls(variables: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
+    """Variables with controls of these names (last path component) filled with new values.
+
+    Raises:
+      DyncompError: no control has that name.
+    """
+    controls = variables["controls"]
+    names = [path.rsplit("/", 1)[-1] for path in paths(controls)]
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        raise DyncompError(
+            f"no control named {unknown[0]!r}; this model has {sorted(set(names)) or 'none'}"
+        )
+    leaves, treedef = jax.tree.flatten(controls)
+    filled = [
+        jax.numpy.full_like(leaf, values[name]) if name in values else leaf
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    return {**variables, "controls": jax.tree.unflatten(treedef, filled)}
+
+
+def evaluate_workdir(
+    workdir: Path,
+    run: Run,
+    *,
+    split: Split = "test",
+    controls: Mapping[str, float] | None = None,
+    batches: int | None = None,
+) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a work directory."""
+    from dyncomp.training.restore import load
+
+    loaded = load(workdir, run)
+    variables = set_controls(loaded.variables, controls or {})
+    return Evaluator(run)(variables, split, batches)
+
+
+def experts_per_row(compute: Mapping[str, Any]) -> float | None:
+    """Mean active experts per token and layer, or None for a model without experts."""
+    events: Mapping[str, float] = compute["events_per_element"]
+    rows = [value for path, value in events.items() if path.endswith("experts/rows")]
+    routed = [value for path, value in events.items() if path.endswith("router/rows")]
+    return sum(rows) / sum(routed) if routed and sum(routed) else None
+
+
+def plain_metrics(out: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, float]:
+    """Flattened scalars of nested metrics, for trackers."""
+    return {prefix + path: float(value) for item in out for path, value in flatten(item).items()}
