@@ -60,12 +60,12 @@ class Checkpointer:
         """
         self.wait()
         step = int(state.step)
-        leaves = flat(state)
+        # Copies: the next train step overwrites the donated buffers while Orbax still writes.
+        leaves = {path: np.array(leaf) for path, leaf in flat(state).items()}
         folder = self.root / str(step)
         if (folder / integrity.MANIFEST).exists():
             return
-        # The next train step may overwrite donated buffers, so digests are taken from the same bytes now.
-        records = {path: integrity.leaf_record(np.asarray(leaf)) for path, leaf in leaves.items()}
+        records = {path: integrity.leaf_record(leaf) for path, leaf in leaves.items()}
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -94,6 +94,11 @@ class Checkpointer:
         except Exception as error:  # Orbax wraps the store's errors in several kinds
             raise self._failure(None, error) from error
 
+    def poll(self) -> None:
+        """Raises what went wrong in the background, if anything did; does not wait."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
     def _failure(self, step: int | None, error: BaseException) -> DyncompError:
         good = steps_in(self.root.parent)
         last = f"step {good[-1]} is safe" if good else "nothing was saved before"
@@ -105,6 +110,18 @@ class Checkpointer:
             f"could not save {what} under {self.root}: {reason[:200]}; {last}; free space and run again"
         )
 
+    def abandon(self) -> None:
+        """`close` while another error is on its way: a failure of the last save is not raised over it."""
+        try:
+            self.close()
+        except DyncompError:
+            pass
+
+    def drop_after(self, step: int) -> None:
+        """Removes later steps: they were passed over as damaged and will be written anew."""
+        for later in (s for s in steps_in(self.root.parent) if s > step):
+            shutil.rmtree(self.root / str(later), ignore_errors=True)
+
     def close(self) -> None:
         """Waits and frees the background threads."""
         try:
@@ -114,12 +131,12 @@ class Checkpointer:
             self.orbax.close()
 
     def restore(
-        self, like: TrainState, say: Callable[[str], None]
+        self, like: Callable[[int], TrainState], say: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest undamaged state, placed like ``like`` (a concrete or abstract state).
+        """The newest undamaged state.
 
         Args:
-          like: gives the tree, shapes, dtypes and shardings.
+          like: a step to the (abstract) state of that step: tree, shapes, dtypes, shardings. Stages differ in it.
           say: told one line about each damaged step that is passed over.
 
         Returns:
@@ -131,7 +148,7 @@ class Checkpointer:
         steps = steps_in(self.root.parent)
         for step in reversed(steps):
             try:
-                return self._restore(self.root / str(step), like)
+                return self._restore(self.root / str(step), like(step))
             except DamageError as damage:
                 say(f"checkpoint {self.root / str(step)}: {damage}; trying the one before")
         if steps:

@@ -1,7 +1,7 @@
 """Evaluation: quality and compute, from the same pass."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +132,19 @@ def set_controls(variables: Mapping[str, Any], values: Mapping[str, float]) -> d
 
 def evaluate_workdir(
     workdir: Path,
-    run: Run,
+    run: Run | None = None,
     *,
+    loader: Callable[[str], Any] | None = None,
     split: Split = "test",
     controls: Mapping[str, float] | None = None,
     batches: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a work directory."""
+    """Evaluates the newest checkpoint of a work directory; ``run`` and ``loader`` as in `restore.load`."""
     from dyncomp.training.restore import load
 
-    loaded = load(workdir, run)
+    loaded = load(workdir, run, loader=loader)
     variables = set_controls(loaded.variables, controls or {})
-    return Evaluator(run)(variables, split, batches)
+    return Evaluator(loaded.run)(variables, split, batches)
 
 
 def experts_per_row(compute: Mapping[str, Any]) -> float | None:

@@ -1,6 +1,7 @@
 """A trained model back in a notebook: model, variables and config from a work directory."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,45 @@ class Loaded:
         return apply(self.model, self.variables, inputs, **options)
 
 
-def load(workdir: Path | str, run: Run) -> Loaded:
+def saved_run(workdir: Path, loader: Callable[[str], Any]) -> Run:
+    """The run that a work directory's config describes.
+
+    Args:
+      workdir: of a run, or of a member of a suite.
+      loader: config text to `Run` or `Suite`; `dyncomp.config.load`.
+
+    Raises:
+      DyncompError: no config was saved there, or it is a suite with no run selected.
+    """
+    config = workdir / "config.gin"
+    text = config.read_text() if config.exists() else ""
+    if not text.strip():
+        raise DyncompError(f"{workdir} holds no config.gin: pass the run, load(workdir, run)")
+    built = loader(text)
+    run = built.selected() if hasattr(built, "selected") else built
+    if run is None:
+        raise DyncompError(f"{workdir} is a suite: load one of its runs, a folder below it")
+    return run
+
+
+def load(
+    workdir: Path | str, run: Run | None = None, *, loader: Callable[[str], Any] | None = None
+) -> Loaded:
     """Reads the newest undamaged checkpoint.
+
+    Args:
+      workdir: of a run.
+      run: how it was trained; default, what its saved config says.
+      loader: builds a run from config text, needed without ``run``.
 
     Raises:
       DyncompError: none is there, or it is of another model.
     """
     workdir = Path(workdir)
+    if run is None:
+        if loader is None:
+            raise DyncompError("load needs the run, or a loader such as dyncomp.config.load")
+        run = saved_run(workdir, loader)
     found = read_newest(workdir)
     source = "ema" if any(path.startswith("ema/") for path in found) else "params"
     sample = run.task.source("train").batch(jax.numpy.arange(1).__array__())

@@ -32,7 +32,8 @@ def train_step(run: Run, stage: Stage, tx: optax.GradientTransformation) -> Step
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, run.ema)
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return new, {**out, "grad_norm": optax.global_norm(grads)}
+        elements = jnp.sum(batch["mask"] > 0, dtype=jnp.int32)
+        return new, {**out, "grad_norm": optax.global_norm(grads), "elements": elements}
 
     return step
 
@@ -68,7 +69,7 @@ def _accumulated(grad: Any, params: Any, batch: Any, keys: Any, parts: int):
         index, weight, part = xs
         own = {name: jax.random.fold_in(key, index) for name, key in keys.items()}
         grads, out = grad(params, part, own)
-        total = jax.tree.map(lambda a, g: a + weight * g, total, grads)
+        total = jax.tree.map(lambda a, g: a + (weight * g).astype(a.dtype), total, grads)
         return total, {**out, "loss": out["loss"] * weight}
 
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -41,8 +41,12 @@ class JsonLines:
         self.stream.close()
 
 
+FINAL = "test"
+"""The split of the last record; a resumed run writes it again."""
+
+
 def truncate(path: Path, step: int) -> None:
-    """Drops records after ``step`` and a line that was cut off."""
+    """Drops records after ``step``, the final one, and a line that was cut off; in one step of the file system."""
     if not path.exists():
         return
     kept = []
@@ -51,9 +55,11 @@ def truncate(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             break
-        if record["step"] <= step:
+        if record["step"] <= step and record["split"] != FINAL:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(kept))
+    scratch.replace(path)
 
 
 class TensorBoard:

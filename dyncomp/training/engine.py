@@ -1,0 +1,104 @@
+"""Builds, places and compiles what the loop runs: states and steps of each stage, on one device or a mesh."""
+
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
+
+from dyncomp.parallel.mesh import check_batch
+from dyncomp.parallel.rules import make_rules, use
+from dyncomp.parallel.shardings import make_global_batch, shardings_for
+from dyncomp.training import optimizers
+from dyncomp.training.run import Run
+from dyncomp.training.state import TrainState, init_variables, new_state
+from dyncomp.training.step import forward, train_step
+
+
+class Engine:
+    """One run on this program's devices.
+
+    Args:
+      run: the run; its mesh decides where things live.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.stages = run, run.plan()
+        self.mesh = run.mesh.build() if run.mesh else None
+        self.rules = make_rules(run.mesh.rules) if run.mesh else None
+        if self.mesh is not None:
+            check_batch(run.batch_size // run.accumulate, self.mesh)
+        spec = run.task.spec()["inputs"]
+        self.inputs = np.zeros((1, *spec.shape), spec.dtype)
+
+    def context(self) -> Any:
+        """Tracing and running happen inside this."""
+        return use(self.mesh, self.rules)
+
+    @functools.cached_property
+    def _boxed(self) -> Any:
+        return jax.eval_shape(lambda x: init_variables(self.run.model, x, 0), self.inputs)
+
+    def _tx(self, index: int) -> Any:
+        stage = self.stages[index]
+        return optimizers.freeze(stage.optimizer.build(stage.steps), stage.trainable)
+
+    def _make(self, index: int, inputs: Any, seed: Any) -> TrainState:
+        variables = nn.meta.unbox(init_variables(self.run.model, inputs, seed))
+        state = new_state(variables, self._tx(index), self.run.ema is not None)
+        controller = self.stages[index].controller
+        return state if controller is None else state.replace(controller=controller.init(state))
+
+    def _placed(self, abstract: Any) -> Any:
+        """The shardings of an abstract state."""
+        if self.mesh is None:
+            here = SingleDeviceSharding(jax.local_devices()[0])
+            return jax.tree.map(lambda _: here, abstract)
+        return shardings_for(self._boxed, abstract, self.mesh, self.rules)[0]
+
+    def like(self, step: int) -> TrainState:
+        """The abstract state of a step, with shardings; nothing is computed."""
+        index = self.run.stage_at(step)[0]
+        make = functools.partial(self._make, index)
+        abstract = jax.eval_shape(make, self.inputs, np.int32(0))
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return jax.tree.map(place, abstract, self._placed(abstract))
+
+    def fresh(self) -> TrainState:
+        """Step 0: a pure function of the run's seed."""
+        abstract = jax.eval_shape(functools.partial(self._make, 0), self.inputs, np.int32(0))
+        make = jax.jit(functools.partial(self._make, 0), out_shardings=self._placed(abstract))
+        return make(self.inputs, np.int32(self.run.seed))
+
+    def enter(self, index: int, state: TrainState) -> TrainState:
+        """The state at the start of stage ``index``: a new optimizer state and controller memory."""
+        state = state.replace(opt_state=self._tx(index).init(state.params), controller=None)
+        controller = self.stages[index].controller
+        if controller is not None:
+            state = state.replace(controller=controller.init(state))
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.like(int(state.step)))
+        return jax.device_put(state, where)
+
+    def batch(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        """A batch where the step takes it."""
+        return batch if self.mesh is None else make_global_batch(batch, self.mesh)
+
+    def compile(self, index: int, batch: Mapping[str, Any]) -> tuple[Any, float]:
+        """(compiled step, seconds) of a stage; the step is (state, batch, seed) and takes the state's memory over."""
+        step = train_step(self.run, self.stages[index], self._tx(index))
+        start = sum(stage.steps for stage in self.stages[:index])
+        like = self.like(start)
+        out = (jax.tree.map(lambda leaf: leaf.sharding, like), None)
+        began = time.perf_counter()
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+        compiled = jitted.lower(like, dict(batch), np.int32(0)).compile()
+        return compiled, time.perf_counter() - began
+
+    @functools.cached_property
+    def forward(self) -> Any:
+        """(variables, batch) -> (output, aux), compiled once."""
+        return jax.jit(forward(self.run))

@@ -1,0 +1,296 @@
+"""The training loop: resume, step, log, evaluate, save, stop cleanly.
+
+The loop never waits for a step but at log, evaluation and save points. At step s it logs, evaluates, calls the
+controller, enters the next stage and saves, in this order, so that whatever a checkpoint of step s stands for is
+already in ``metrics.jsonl``. A checkpoint that cannot be written (a full disk) stops training at the next log point
+with one line: what was saved before stays, and the same command goes on from there.
+"""
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dyncomp.core.errors import DyncompError, Preempted
+from dyncomp.core.ledger import Ledger
+from dyncomp.tasks.loader import Loader
+from dyncomp.training import compile_cache, records
+from dyncomp.training.checkpoint import Checkpointer, steps_in
+from dyncomp.training.engine import Engine
+from dyncomp.training.evaluate import Evaluator, compute
+from dyncomp.training.memory import Measured
+from dyncomp.training.records import Timings
+from dyncomp.training.run import Run
+from dyncomp.training.trackers import Tracker, make_trackers
+from dyncomp.training.warm_start import warm_start
+from dyncomp.training.window import NotFiniteError, Window
+
+QUICK_STEPS = 4
+
+
+def train(
+    run: Run,
+    workdir: Path | str,
+    *,
+    config_text: str = "",
+    trackers: Sequence[str] = ("jsonl",),
+    progress: bool = True,
+    quick: bool = False,
+    exit_code: int = 75,
+) -> dict[str, Any]:
+    """Trains a run, or resumes it where ``workdir`` holds a checkpoint, and evaluates it.
+
+    Args:
+      run: what to train.
+      workdir: gets config.gin, metrics.jsonl, timings.jsonl, environment.json, checkpoints/, summary.json.
+      config_text: the resolved config, saved with every checkpoint.
+      trackers: of "jsonl" (always on), "tensorboard", "wandb".
+      progress: show a progress bar and notes on standard error.
+      quick: a few steps of each stage and small evaluations: a smoke run, never evidence.
+      exit_code: what `Preempted` carries when SIGTERM stops the run.
+
+    Returns:
+      The content of summary.json.
+
+    Raises:
+      Preempted: SIGTERM came; the state is saved.
+      DyncompError: bad input, a loss that is not finite, a checkpoint that cannot be written or read.
+    """
+    if jax.process_count() > 1:
+        raise DyncompError("train runs in one process; several processes are not supported yet")
+    run = quicken(run) if quick else run
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    compile_cache.enable()
+    notes = records.open_workdir(workdir, config_text, quick)
+    done = records.finished(workdir, run.total_steps)
+    if done is not None:
+        return done
+    session = Session(run, workdir, config_text, notes, exit_code)
+    with session.engine.context(), _Terminator() as terminator:
+        try:
+            session.start(trackers, progress)
+            session.steps(terminator)
+            return session.finish()
+        finally:
+            session.close()
+
+
+def quicken(run: Run) -> Run:
+    """The same run with very few steps and small evaluations."""
+    stages = [dataclasses.replace(s, steps=min(s.steps, QUICK_STEPS)) for s in run.plan()]
+    short: dict[str, Any] = {"optimizer": None, "steps": 0, "stages": tuple(stages)}
+    return run.replace(**short, log_every=2, eval_batches=1, final_eval_batches=1)
+
+
+class _Terminator:
+    """Remembers SIGTERM while a run is under way (only the main thread may ask for signals)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "_Terminator":
+        try:
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:
+            self.before = None
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+class Session:
+    """One process's part of a run; `start`, `steps`, `finish`, `close` in this order."""
+
+    def __init__(self, run: Run, workdir: Path, config_text: str, notes: list[str], exit_code: int):
+        self.run, self.workdir, self.notes, self.exit_code = run, workdir, notes, exit_code
+        self.engine = Engine(run)
+        self.evaluator = Evaluator(run)
+        self.checkpoints = Checkpointer(
+            workdir, max_to_keep=run.max_to_keep, config_text=config_text
+        )
+        self.trackers: list[Tracker] = []
+        self.timings: Timings | None = None
+        self.bar: records.Bar | None = None
+        self.not_loaded: list[str] = []
+        self.memory: dict[str, Any] = {}
+        self.compile_seconds: list[float] = []
+
+    def say(self, line: str) -> None:
+        """A note for the reader."""
+        self.notes.append(line)
+        print(line, file=sys.stderr)
+
+    def start(self, trackers: Sequence[str], progress: bool) -> None:
+        """Restores the newest good checkpoint or makes step 0."""
+        for note in list(self.notes):
+            print(note, file=sys.stderr)
+        found = self.checkpoints.restore(self.engine.like, self.say)
+        if found is None:
+            self.state, extra = self.engine.fresh(), {}
+            if self.run.init_from:
+                self.state, report = warm_start(self.state, self.run.init_from)
+                self.not_loaded = report.lines()
+                for line in self.not_loaded:
+                    self.say(line)
+        else:
+            self.state, extra = found
+            self.not_loaded = extra.get("not_loaded", [])
+        self.step = int(self.state.step)
+        self.checkpoints.drop_after(self.step)
+        self.window = Window(extra.get("window"))
+        self.trackers = make_trackers(trackers, self.workdir, self.step)
+        self.timings = Timings(self.workdir / "timings.jsonl")
+        self.bar = records.Bar(self.run.total_steps, self.step, progress)
+
+    def steps(self, terminator: _Terminator) -> None:
+        """All steps that are left."""
+        loader = Loader(
+            self.run.task.source("train"), seed=self.run.seed, batch_size=self.run.batch_size
+        )
+        batches = loader.iterate(self.step, self.run.total_steps)
+        while self.step < self.run.total_steps:
+            index, _, end = self.run.stage_at(self.step)
+            self._stage(index, end, batches, loader, terminator)
+
+    def _stage(
+        self, index: int, end: int, batches: Any, loader: Loader, terminator: _Terminator
+    ) -> None:
+        assert self.timings and self.bar
+        sample = self.engine.batch(loader.batch(self.step))
+        compiled, seconds = self.engine.compile(index, sample)
+        self.compile_seconds.append(seconds)
+        measured = Measured(compiled, self.state)
+        seed = np.int32(self.run.seed)
+        self.timings.reset()
+        while self.step < end:
+            with self.timings.waiting():
+                batch = self.engine.batch(next(batches))
+            self.state, out = compiled(self.state, batch, seed)
+            self.step += 1
+            self.window.add(self.step, out)
+            self.timings.count()
+            self.bar.update(self.step)
+            if self._due(index, end, terminator):
+                self._pause(index, end, terminator)
+        self.memory = measured.report()
+
+    def _due(self, index: int, end: int, terminator: _Terminator) -> bool:
+        """Whether anything but the next step is to be done now."""
+        run, stage = self.run, self.engine.stages[index]
+        every = (run.log_every, run.eval_every, run.save_every)
+        act = stage.controller_every if stage.controller else 0
+        return terminator.asked or self.step == end or any(_at(self.step, n) for n in (*every, act))
+
+    def _pause(self, index: int, end: int, terminator: _Terminator) -> None:
+        run, stage = self.run, self.engine.stages[index]
+        assert self.timings
+        self._check_finite()
+        self.timings.pause(self.step)
+        if _at(self.step, run.log_every) or self.step == end:
+            self._log()
+            self.checkpoints.poll()
+        if _at(self.step, run.eval_every):
+            found = self.evaluator(self.state.variables, "validation", run.eval_batches)
+            self._write("validation", {**found["quality"], **_flops(found["compute"])})
+        if stage.controller and _at(self.step, stage.controller_every):
+            call = lambda batch: self.engine.forward(self.state.variables, batch)
+            self.state = stage.controller(self.state, call, run.task, self.step)
+        if self.step == end and self.step < run.total_steps:
+            self.state = self.engine.enter(index + 1, self.state)
+        if _at(self.step, run.save_every) or self.step == run.total_steps or terminator.asked:
+            self.save()
+        if terminator.asked and self.step < run.total_steps:
+            self.checkpoints.wait()
+            raise Preempted(
+                f"stopped by SIGTERM after step {self.step} of {run.total_steps}, which is saved in "
+                f"{self.workdir}; run the same command to go on",
+                self.exit_code,
+            )
+        self.timings.reset()
+
+    def _check_finite(self) -> None:
+        """Fetches what the steps returned; a loss that is no number stops training before anything is saved."""
+        try:
+            self.window.flush()
+        except NotFiniteError as error:
+            self.checkpoints.wait()
+            saved = steps_in(self.workdir)
+            last = f"the last good checkpoint is step {saved[-1]}" if saved else "nothing was saved"
+            raise DyncompError(
+                f"{error}; {last}; lower the learning rate or set clip_norm, then run again"
+            ) from None
+
+    def _log(self) -> None:
+        values = self.window.values()
+        if self.window.events:
+            inputs = self.run.task.spec()["inputs"]
+            costs = self.run.model.cost((self.run.batch_size // self.run.accumulate, *inputs.shape))
+            ledger = Ledger(costs).record(self.window.counts())
+            values |= _flops(compute(ledger, self.window.elements))
+        self._write("train", values)
+        self.window = Window()
+
+    def _write(self, split: str, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.write(self.step, split, values)
+
+    def save(self) -> None:
+        """Starts saving this step."""
+        extra = {"window": self.window.dump(), "not_loaded": self.not_loaded}
+        self.checkpoints.save(self.state, extra)
+
+    def finish(self) -> dict[str, Any]:
+        """The final evaluation and summary.json."""
+        assert self.timings
+        self.checkpoints.wait()
+        run, variables = self.run, self.state.variables
+        final = self.evaluator(variables, "test", run.final_eval_batches)
+        self._write("test", {**final["quality"], **_flops(final["compute"])})
+        summary = {
+            "step": self.step,
+            "quality": final["quality"],
+            "compute": final["compute"],
+            "ledger": final["ledger"],
+            "pareto": self.evaluator.pareto(variables, "validation", run.final_eval_batches),
+            "headline": run.task.headline,
+            "minimize": run.task.minimize,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            "memory": self.memory,
+            "timings": {**self.timings.medians(), "compile_seconds": self.compile_seconds},
+            "not_loaded": self.not_loaded,
+            "notes": self.notes,
+            "written": time.strftime("%Y-%m-%d"),
+        }
+        records.write_json(self.workdir / "summary.json", summary)
+        return summary
+
+    def close(self) -> None:
+        """Frees threads and files; what was being saved is completed."""
+        for thing in (self.bar, self.timings, *self.trackers):
+            if thing is not None:
+                thing.close()
+        # An error of the loop itself matters more than one of a save that was under way.
+        if sys.exc_info()[1] is None:
+            self.checkpoints.close()
+        else:
+            self.checkpoints.abandon()
+
+
+def _at(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _flops(figures: dict[str, Any]) -> dict[str, float]:
+    return {name: figures[name] for name in ("flops_needed", "flops_executed")}

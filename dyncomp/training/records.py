@@ -1,0 +1,130 @@
+"""What a work directory holds beside checkpoints and metrics: config, environment, timings, summary."""
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.training import environment
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes in one step of the file system, so that no reader sees half a file."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    scratch.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Content of a file, or None when it is missing or cut off."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def open_workdir(workdir: Path, config_text: str, quick: bool) -> list[str]:
+    """Records config and environment; returns what differs from an earlier part of the run, a line each.
+
+    Raises:
+      DyncompError: the folder holds a smoke run and this is none, or the other way round.
+    """
+    notes = []
+    now = {**environment.environment(), "quick": quick}
+    before = read_json(workdir / "environment.json")
+    if before is not None:
+        if before.get("quick") != quick:
+            kind = "a --quick run" if before.get("quick") else "a full run"
+            raise DyncompError(f"{workdir} holds {kind}; use another --workdir or delete it")
+        for line in environment.differences(before, now):
+            notes.append(f"warning: resumed numbers may differ in their last bits: {line}")
+    config = workdir / "config.gin"
+    if before is not None and config.exists() and config.read_text() != config_text:
+        notes.append(f"warning: {config} was another config; this run goes on with the new one")
+        (workdir / "summary.json").unlink(missing_ok=True)
+    config.write_text(config_text)
+    write_json(workdir / "environment.json", now)
+    return notes
+
+
+def finished(workdir: Path, total_steps: int) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do, else None."""
+    summary = read_json(workdir / "summary.json")
+    return summary if summary and summary.get("step") == total_steps else None
+
+
+class Timings:
+    """Wall-clock figures, apart from metrics.jsonl because they differ every time.
+
+    A record is one stretch between two pauses: seconds a step, and the share of time spent waiting for input.
+    """
+
+    def __init__(self, path: Path):
+        self.stream = path.open("a")
+        self.step_seconds: list[float] = []
+        self.stalls: list[float] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a stretch."""
+        self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the body as waiting for input."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def count(self) -> None:
+        """One step more was started."""
+        self.steps += 1
+
+    def pause(self, step: int) -> None:
+        """Ends a stretch; call after the steps are known to be done."""
+        spent = time.perf_counter() - self.began
+        if not self.steps:
+            return
+        self.step_seconds.append(spent / self.steps)
+        self.stalls.append(self.waited / spent)
+        record = {"step": step, "seconds_per_step": spent / self.steps, "stall": self.stalls[-1]}
+        self.stream.write(json.dumps(record) + "\n")
+        self.stream.flush()
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds a step and share of input stall over the stretches of this process."""
+        if not self.step_seconds:
+            return {}
+        return {
+            "seconds_per_step": statistics.median(self.step_seconds),
+            "input_stall": statistics.median(self.stalls),
+        }
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.stream.close()
+
+
+class Bar:
+    """A progress bar on standard error, or nothing."""
+
+    def __init__(self, total: int, step: int, shown: bool):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
+        self.task = self.progress.add_task("train", total=total, completed=step)
+        self.progress.start()
+
+    def update(self, step: int) -> None:
+        """Moves the bar; drawing happens on a thread of its own."""
+        self.progress.update(self.task, completed=step)
+
+    def close(self) -> None:
+        """Leaves the last state on the screen."""
+        self.progress.stop()
