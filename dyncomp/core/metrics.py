@@ -13,8 +13,8 @@ Floats = Float[Array | np.ndarray, "..."]
 class Mean:
     """A mean as a pair of sums that merges exactly over steps, devices and hosts."""
 
-    total: Float[Array, "..."]
-    count: Float[Array, "..."]
+    total: Floats | float  # numpy once fetched, float64 where the host adds up
+    count: Floats | float
 
     @classmethod
     def of(cls, values: Floats, weights: Floats | None = None) -> "Mean":
