@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
@@ -62,7 +63,9 @@ class Engine:
 
     def like(self, step: int) -> TrainState:
         """The abstract state of a step, with shardings; nothing is computed."""
-        index = self.run.stage_at(step)[0]
+        return self._abstract(self.run.stage_at(step)[0])
+
+    def _abstract(self, index: int) -> TrainState:
         make = functools.partial(self._make, index)
         abstract = jax.eval_shape(make, self.inputs, np.int32(0))
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -70,8 +73,8 @@ class Engine:
 
     def fresh(self) -> TrainState:
         """Step 0: a pure function of the run's seed."""
-        abstract = jax.eval_shape(functools.partial(self._make, 0), self.inputs, np.int32(0))
-        make = jax.jit(functools.partial(self._make, 0), out_shardings=self._placed(abstract))
+        where = jax.tree.map(lambda leaf: leaf.sharding, self._abstract(0))
+        make = jax.jit(functools.partial(self._make, 0), out_shardings=where)
         return make(self.inputs, np.int32(self.run.seed))
 
     def enter(self, index: int, state: TrainState) -> TrainState:
@@ -80,8 +83,12 @@ class Engine:
         controller = self.stages[index].controller
         if controller is not None:
             state = state.replace(controller=controller.init(state))
-        where = jax.tree.map(lambda leaf: leaf.sharding, self.like(int(state.step)))
-        return jax.device_put(state, where)
+        return self.settle(index, state)
+
+    def settle(self, index: int, state: TrainState) -> TrainState:
+        """Every leaf in a buffer of its own at its place: what a controller returns may share some, or be numpy."""
+        where = jax.tree.map(lambda leaf: leaf.sharding, self._abstract(index))
+        return jax.device_put(jax.tree.map(jnp.array, state), where)
 
     def batch(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         """A batch where the step takes it."""
@@ -90,8 +97,7 @@ class Engine:
     def compile(self, index: int, batch: Mapping[str, Any]) -> tuple[Any, float]:
         """(compiled step, seconds) of a stage; the step is (state, batch, seed) and takes the state's memory over."""
         step = train_step(self.run, self.stages[index], self._tx(index))
-        start = sum(stage.steps for stage in self.stages[:index])
-        like = self.like(start)
+        like = self._abstract(index)
         out = (jax.tree.map(lambda leaf: leaf.sharding, like), None)
         began = time.perf_counter()
         jitted = jax.jit(step, donate_argnums=0, out_shardings=out)

@@ -83,7 +83,7 @@ def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise DamageError(f"{name} is damaged")
 
 
-def verify_leaves(leaves: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> None:
+def verify_leaves(leaves: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """Checks restored arrays bit for bit.
 
     Raises:

@@ -206,7 +206,8 @@ class Session:
             self._write("validation", {**found["quality"], **_flops(found["compute"])})
         if stage.controller and _at(self.step, stage.controller_every):
             call = lambda batch: self.engine.forward(self.state.variables, batch)
-            self.state = stage.controller(self.state, call, run.task, self.step)
+            changed = stage.controller(self.state, call, run.task, self.step)
+            self.state = self.engine.settle(index, changed)
         if self.step == end and self.step < run.total_steps:
             self.state = self.engine.enter(index + 1, self.state)
         if _at(self.step, run.save_every) or self.step == run.total_steps or terminator.asked:

@@ -33,7 +33,7 @@ def train_step(run: Run, stage: Stage, tx: optax.GradientTransformation) -> Step
         ema = _average(state.ema, params, run.ema)
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         elements = jnp.sum(batch["mask"] > 0, dtype=jnp.int32)
-        return new, {**out, "grad_norm": optax.global_norm(grads), "elements": elements}
+        return new, {**out, "grad_norm": optax.tree.norm(grads), "elements": elements}
 
     return step
 

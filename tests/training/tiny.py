@@ -48,7 +48,9 @@ class Regression(Task):
     scale: float = 1.0
 
     def source(self, split):
-        rng = np.random.default_rng({"train": 0, "validation": 1, "calibration": 2, "test": 3}[split])
+        rng = np.random.default_rng(
+            {"train": 0, "validation": 1, "calibration": 2, "test": 3}[split]
+        )
         x = rng.normal(size=(N, D)).astype(np.float32)
         y = self.scale * (x @ np.arange(1, D + 1)).astype(np.float32)
         return ArraySource({"inputs": x, "targets": y})
@@ -62,7 +64,13 @@ class Regression(Task):
 
 def make_run(**fields):
     """A run; ``steps=None`` with ``stages`` given."""
-    default = {"model": Net(), "task": Regression(), "batch_size": 8, "log_every": 3, "save_every": 2}
+    default = {
+        "model": Net(),
+        "task": Regression(),
+        "batch_size": 8,
+        "log_every": 3,
+        "save_every": 2,
+    }
     if "stages" not in fields:
         default |= {"optimizer": AdamW(learning_rate=1e-2), "steps": 12}
     return Run(**{**default, **fields})
