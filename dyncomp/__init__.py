@@ -16,9 +16,12 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     """Imports ``load`` on first use, so that ``import dyncomp`` loads nothing else."""
     if name == "load":
+        import functools
+
+        from dyncomp import config
         from dyncomp.training.restore import load
 
-        return load
+        return functools.partial(load, loader=config.load)
     raise AttributeError(f"module 'dyncomp' has no attribute {name!r}")
 
 

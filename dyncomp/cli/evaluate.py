@@ -21,9 +21,10 @@ def add(commands: Any) -> None:
 
 
 def _main(args: argparse.Namespace) -> None:
+    from dyncomp import config
     from dyncomp.training.evaluate import evaluate_workdir
 
-    result = evaluate_workdir(Path(args.workdir), split=args.split)
+    result = evaluate_workdir(Path(args.workdir), loader=config.load, split=args.split)
     if args.json:
         print_json(result)
     else:
