@@ -16,7 +16,7 @@ from dyncomp.tasks.base import Split
 from dyncomp.tasks.loader import sequential
 from dyncomp.training.run import Run
 from dyncomp.training.state import paths
-from dyncomp.training.step import eval_step
+from dyncomp.training.step import eval_step, forward
 
 
 class Evaluator:
@@ -158,3 +158,17 @@ def experts_per_row(compute: Mapping[str, Any]) -> float | None:
 def plain_metrics(out: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, float]:
     """Flattened scalars of nested metrics, for trackers."""
     return {prefix + path: float(value) for item in out for path, value in flatten(item).items()}
+
+
+def save_decisions(run: Run, variables: Mapping[str, Any], path: Path) -> bool:
+    """Writes every plan of one validation batch, and its inputs, to an npz file; False for a model without plans.
+
+    Keys are the plans' paths (``group_0/layers/.../weights``); under a scanned group arrays lead with the layer.
+    """
+    source = run.task.source("validation")
+    batch = next(sequential(source, min(run.batch_size, len(source))))
+    _, aux = jax.device_get(jax.jit(forward(run, ("plan",)))(variables, batch))
+    arrays = dict(zip(paths(aux.plans), jax.tree.leaves(aux.plans), strict=True))
+    if arrays:
+        np.savez_compressed(path, inputs=batch["inputs"], mask=batch["mask"], **arrays)
+    return bool(arrays)

@@ -23,7 +23,7 @@ from dyncomp.tasks.loader import Loader
 from dyncomp.training import compile_cache, records
 from dyncomp.training.checkpoint import Checkpointer, steps_in
 from dyncomp.training.engine import Engine
-from dyncomp.training.evaluate import Evaluator, compute
+from dyncomp.training.evaluate import Evaluator, compute, save_decisions
 from dyncomp.training.memory import Measured
 from dyncomp.training.records import Timings
 from dyncomp.training.run import Run
@@ -48,7 +48,8 @@ def train(
 
     Args:
       run: what to train.
-      workdir: gets config.gin, metrics.jsonl, timings.jsonl, environment.json, checkpoints/, summary.json.
+      workdir: gets config.gin, metrics.jsonl, timings.jsonl, environment.json, checkpoints/, decisions.npz,
+        summary.json.
       config_text: the resolved config, saved with every checkpoint.
       trackers: of "jsonl" (always on), "tensorboard", "wandb".
       progress: show a progress bar and notes on standard error.
@@ -274,6 +275,8 @@ class Session:
             "notes": self.notes,
             "written": time.strftime("%Y-%m-%d"),
         }
+        if run.capture:
+            save_decisions(run, variables, self.workdir / "decisions.npz")
         records.write_json(self.workdir / "summary.json", summary)
         return summary
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -120,8 +120,8 @@ class Alternating:
         names = list(self.groups)
 
         def turn_of(index: int):
-            def mine(count: jax.Array, **_: Any) -> jax.Array:
-                place = count % self.cycle if self.cycle else count
+            def mine(step: Any, **_: Any) -> Any:
+                place = step % self.cycle if self.cycle else step
                 return (place // self.period) % len(names) == index
 
             return mine
@@ -148,5 +148,5 @@ def freeze(tx: optax.GradientTransformation, trainable: str) -> optax.GradientTr
     """Moves only parameters whose path matches; the others get no optimizer state and exactly no update."""
     if trainable == ".*":
         return tx
-    groups = {trainable: tx, "": optax.set_to_zero()}
+    groups: dict[Hashable, Any] = {trainable: tx, "": optax.set_to_zero()}
     return optax.partition(groups, lambda params: label(params, [trainable]))

@@ -68,7 +68,7 @@ class Run:
       init_from: parameters of another run to start from.
       mesh: devices' mesh; None for one device.
       sweep: control name -> values: the final evaluation draws quality against compute over them.
-      capture: draw decisions on a validation batch at the end.
+      capture: keep the decisions on a validation batch in decisions.npz at the end.
     """
 
     model: nn.Module

@@ -11,8 +11,7 @@ from dyncomp.core.rng import fold
 from dyncomp.core.typing import Array
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that changes while training.
 
     Attributes:

@@ -55,6 +55,8 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     losses = [r["loss"] for r in lines(tmp_path) if r["split"] == "train"]
     assert all(map(math.isfinite, losses))
     assert summary["memory"]["xla_bytes"] > 0
+    with np.load(tmp_path / "decisions.npz") as found:
+        np.testing.assert_array_equal(found["gate/live"], found["inputs"][:, 0] > 0)
     # Independent of the loop: the test error of the restored parameters, in numpy.
     loaded = load(tmp_path, make_run())
     batch = Regression().source("test").batch(np.arange(64))

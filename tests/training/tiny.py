@@ -25,7 +25,8 @@ class Net(nn.Module):
         threshold = self.variable("controls", "threshold", lambda: jnp.float32(0.0)).value
         y = nn.Dense(1, name="out")(nn.tanh(nn.Dense(self.hidden, name="hidden")(x)))
         live = x[:, 0] > threshold
-        return y[:, 0], Aux(events={"rows": count(jnp.sum(live), x.shape[0])})
+        plans = {"gate": {"live": live}} if "plan" in capture else {}
+        return y[:, 0], Aux(events={"rows": count(jnp.sum(live), x.shape[0])}, plans=plans)
 
     def cost(self, shape):
         return {"rows": Cost(2 * self.hidden * (shape[-1] + 1))}
