@@ -1,0 +1,1 @@
+"""Reports: curves, Pareto plots, pictures of decisions, one self-contained HTML page."""
