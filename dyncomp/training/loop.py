@@ -172,7 +172,7 @@ class Session:
         sample = self.engine.batch(loader.batch(self.step))
         compiled, seconds = self.engine.compile(index, sample)
         self.compile_seconds.append(seconds)
-        measured = Measured(compiled, self.state)
+        self.measured: Measured | None = Measured(compiled, self.state)
         seed = np.int32(self.run.seed)
         self.timings.reset()
         while self.step < end:
@@ -185,7 +185,6 @@ class Session:
             self.bar.update(self.step)
             if self._due(index, end, terminator):
                 self._pause(index, end, terminator)
-        self.memory = measured.report()
 
     def _due(self, index: int, end: int, terminator: _Terminator) -> bool:
         """Whether anything but the next step is to be done now."""
@@ -199,6 +198,8 @@ class Session:
         assert self.timings
         self._check_finite()
         self.timings.pause(self.step)
+        if self.measured:  # before evaluation and the copies of a save add to the peak
+            self.memory, self.measured = self.measured.report(), None
         if _at(self.step, run.log_every) or self.step == end:
             self._log()
             self.checkpoints.poll()

@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import Regression, make_run
+from tiny import Net, Regression, make_run
 
 from dyncomp.core.errors import DyncompError, Preempted
-from dyncomp.training import SGD, AdamW, InitFrom, Stage
+from dyncomp.training import SGD, AdamW, Alternating, InitFrom, Stage
 from dyncomp.training import loop as loop_module
 from dyncomp.training.checkpoint import read_newest, steps_in
 from dyncomp.training.evaluate import evaluate_workdir
@@ -75,9 +75,18 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     )
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
-    """Stopped by SIGTERM at several steps, none of them a log or save point of its own."""
-    run = make_run(eval_every=5, ema=0.9, save_every=4)
+def staged():
+    """Groups that take turns, then one that is frozen; bfloat16 parameters."""
+    adam = AdamW(learning_rate=1e-2)
+    turns = Alternating(groups={"^hidden/": adam, "^out/": SGD(learning_rate=1e-3)}, period=2)
+    stages = (Stage(steps=5, optimizer=turns), Stage(steps=7, optimizer=adam, trainable="^out/"))
+    return make_run(stages=stages, save_every=4, model=Net(param_dtype="bfloat16"), accumulate=2)
+
+
+@pytest.mark.parametrize("make", [lambda: make_run(eval_every=5, ema=0.9, save_every=4), staged])
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, make):
+    """Stopped by SIGTERM at several steps; step 5 is where the stages of the second run meet."""
+    run = make()
     quiet(run, tmp_path / "whole")
     add = loop_module.Window.add
 

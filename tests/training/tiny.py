@@ -19,11 +19,14 @@ class Net(nn.Module):
     """Two layers; one event a row, needed where the first feature exceeds a threshold."""
 
     hidden: int = 8
+    param_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, mask=None, train=False, capture=()):
         threshold = self.variable("controls", "threshold", lambda: jnp.float32(0.0)).value
-        y = nn.Dense(1, name="out")(nn.tanh(nn.Dense(self.hidden, name="hidden")(x)))
+        dtypes = {"dtype": "float32", "param_dtype": self.param_dtype}
+        hidden = nn.tanh(nn.Dense(self.hidden, name="hidden", **dtypes)(x))
+        y = nn.Dense(1, name="out", **dtypes)(hidden)
         live = x[:, 0] > threshold
         plans = {"gate": {"live": live}} if "plan" in capture else {}
         return y[:, 0], Aux(events={"rows": count(jnp.sum(live), x.shape[0])}, plans=plans)
