@@ -14,6 +14,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.15,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",

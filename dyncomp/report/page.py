@@ -29,7 +29,9 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
   overflow-wrap: normal; }
-th { font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
+th { font-weight: 600; } td.number, th.number { text-align: right; }
+td.number { white-space: nowrap; } th { vertical-align: bottom; max-width: 9rem; }
+figure.wide svg { min-width: 38rem; }
 figure { margin: 0; } svg { max-width: 100%; height: auto; display: block; }
 pre { background: var(--card); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .8rem;
   margin: .4rem 0; }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dyncomp.report.figure import COLORS, plain, svg
-from dyncomp.report.load import RunFiles, number
+from dyncomp.report.load import RunFiles, mapping, number
 
 AXES = {
     "flops_needed": "needed FLOPs per element",
@@ -16,9 +16,8 @@ AXES = {
 
 def points(run: RunFiles, axis: str) -> list[tuple[float, float]]:
     """(compute, quality) of a run's settings, ordered by compute; a run without a sweep gives its final figures."""
-    rows = run.pareto or [
-        {**run.summary.get("quality", {}), **run.summary.get("compute", {})} if run.summary else {}
-    ]
+    final = {**mapping(run.summary.get("quality")), **mapping(run.summary.get("compute"))}
+    rows = run.pareto or [final]
     pairs = [(number(row.get(axis)), number(row.get(run.headline))) for row in rows]
     return sorted((x, y) for x, y in pairs if x is not None and y is not None)
 
