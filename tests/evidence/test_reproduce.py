@@ -86,6 +86,9 @@ def test_quick_writes_nothing_and_needs_no_commit(repository):
 def test_it_takes_turns_with_benches(repository):
     with measuring("bench x"), pytest.raises(DyncompError, match="bench x"):
         reproduce("fake", root=repository.root)
+    assert repository.calls() == []
+    with measuring("bench x"):
+        assert reproduce("fake", quick=True, root=repository.root)["quick"]
 
 
 def test_unknown_arm_fails_before_anything_runs(repository):
