@@ -64,8 +64,8 @@ def _scatter(axes: Any, run: RunFiles, axis: str, color: str) -> None:
 
 
 def write_pareto(runs: Sequence[RunFiles], out: Path) -> Path | None:
-    """Saves the plot as an SVG file of its own; None when there is nothing to plot."""
-    text = pareto(runs)
+    """Saves the plot of the runs that share the first one's headline metric; None when there is nothing to plot."""
+    text = pareto([run for run in runs if run.headline == runs[0].headline])
     if not text:
         return None
     out.write_text(text.replace("currentColor", "#222222"))
