@@ -80,10 +80,14 @@ def _train(run: Any, workdir: Path, **options: Any) -> dict[str, Any]:
 
 
 def _report(workdir: Path, summary: dict[str, Any]) -> Path:
+    from dyncomp.report.load import read_run
     from dyncomp.report.page import write_report
+    from dyncomp.report.pareto import write_pareto
 
-    members = [workdir / name for name in summary.get("suite", {})]
-    return write_report(members or [workdir], workdir / "report.html")
+    members = [workdir / name for name in summary.get("suite", {})] or [workdir]
+    runs = [read_run(member, member.name) for member in members]
+    write_pareto(runs, workdir / "pareto.svg")
+    return write_report(members, workdir / "report.html")
 
 
 def _show(workdir: Path, summary: dict[str, Any]) -> None:
