@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from dyncomp_kernels import grouped_matmul
-from dyncomp_kernels.grouped_matmul.xla import executed_rows
 from flax import struct
 
 from dyncomp.core.typing import Array, Float, Int
+from dyncomp_kernels.grouped_matmul.api import grouped_matmul
+from dyncomp_kernels.grouped_matmul.xla import executed_rows
 
 
 @struct.dataclass

@@ -23,9 +23,13 @@ def supports(implementation: str, rows, weights, group_sizes) -> str | None:
         return f"shapes disagree: {rows.shape}, {weights.shape}, {group_sizes.shape}"
     if rows.dtype != weights.dtype:
         return f"rows are {rows.dtype} but weights {weights.dtype}; cast one"
-    if implementation == "ragged" and jnp.dtype(rows.dtype) not in (jnp.float32, jnp.bfloat16):
-        return f"ragged takes float32 or bfloat16, not {rows.dtype}"
-    return None
+    return ragged_dtype(rows.dtype) if implementation == "ragged" else None
+
+
+def ragged_dtype(dtype) -> str | None:
+    """None when the ragged form takes this dtype, else the reason why not."""
+    known = jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
+    return None if known else f"ragged takes float32 or bfloat16, not {dtype}"
 
 
 def explain(rows, weights, group_sizes) -> dict[str, str]:
@@ -70,6 +74,8 @@ def grouped_matmul(
 def _by_platform(name: str, implementation: Implementation | None, *args: Array) -> Array:
     if implementation:
         return getattr({"xla": xla, "ragged": ragged}[implementation], name)(*args)
+    if ragged_dtype(args[0].dtype):  # the table holds only forms that serve these arguments
+        return getattr(xla, name)(*args)
     return lax.platform_dependent(*args, tpu=getattr(ragged, name), default=getattr(xla, name))
 
 
