@@ -59,7 +59,7 @@ def test_every_pattern_of_empty_groups(form):
 
 def test_finite_differences():
     rows, weights, sizes = problem(SMALL[4])
-    fn = lambda r, w: jnp.sin(grouped_matmul(r, w, sizes))
+    fn = lambda r, w: jnp.sin(grouped_matmul(jnp.asarray(r), jnp.asarray(w), sizes))
     check_grads(fn, (rows, weights), order=1, modes=["rev"], atol=3e-2, rtol=3e-2)
 
 
@@ -90,7 +90,8 @@ def test_refuses_what_does_not_fit():
 def test_inside_shard_map():
     case = SMALL[4]
     rows, weights, sizes = problem(case)
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=auto)
     spec = jax.sharding.PartitionSpec("data")
     many = jnp.concatenate([rows * (i + 1) for i in range(4)])
     body = lambda r, w, s: grouped_matmul(r, w[0], s)
