@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dyncomp_kernels.grouped_matmul.xla import block_rows, block_table
 from flax import linen as nn
 
 from dyncomp import models
@@ -20,7 +19,9 @@ from dyncomp.attention import Attention
 from dyncomp.core import dispatch
 from dyncomp.core.ledger import Ledger
 from dyncomp.experts import MLP, MoE, SwiGLU
+from dyncomp.experts.moe import Dispatch
 from dyncomp.routers import TopK
+from dyncomp_kernels.grouped_matmul.xla import block_rows, block_table
 
 D, HIDDEN, EXPERTS, SLOTS = 256, 1024, 4, 2
 DENSE_GOAL, DYNAMIC_GOAL = 0.02, 0.05
@@ -30,14 +31,14 @@ WHOLE = "whole: ledger executed / XLA's count of the whole unrolled program"
 def rows(quick: bool) -> list[dict[str, Any]]:
     """One row a program; ``quick`` takes shallow models."""
     depth = 1 if quick else 4
-    moe = [_moe(name, depth) for name in ("mask", "gather", "capacity")]
+    moe = [_moe("mask", depth), _moe("gather", depth), _moe("capacity", depth)]
     return [_dense_lm(depth), _decode(depth), _vit(depth), *moe, _dropless(depth), _cond()]
 
 
 def xla_flops(fn: Callable[..., Any], *args: Any) -> float:
     """FLOPs that XLA counts in ``fn`` once compiled."""
     analysis = jax.jit(fn).lower(*args).compile().cost_analysis()
-    return float(analysis["flops"])
+    return float((analysis or {})["flops"])
 
 
 def row(
@@ -121,7 +122,7 @@ def _vit(depth: int) -> dict[str, Any]:
     return _whole("dense_vit", model, images, DENSE_GOAL)
 
 
-def mixture(name: str) -> Any:
+def mixture(name: Dispatch) -> Any:
     """Factory of a top-2 mixture under a dispatch."""
     router = functools.partial(TopK, k=SLOTS)
     return functools.partial(
@@ -129,7 +130,7 @@ def mixture(name: str) -> Any:
     )
 
 
-def _moe(name: str, depth: int) -> dict[str, Any]:
+def _moe(name: Dispatch, depth: int) -> dict[str, Any]:
     length = 16 if name == "gather" else 128
     model = language_model(mixture(name), depth)
     return _whole(f"moe_{name}", model, tokens(2, length), DYNAMIC_GOAL)
@@ -181,7 +182,7 @@ def _cond() -> dict[str, Any]:
         return trips + once, y
 
     trips, _ = jax.jit(lambda f, x: jax.lax.scan(step, jnp.int32(0), (f, x)))(flags, x)
-    _, aux = unit.apply(params, x[0])
+    _, aux = jax.jit(unit.apply)(params, x[0])
     ledger = Ledger(unit.cost(D))
     for taken in np.asarray(flags):
         ledger = ledger.record(aux.events) if taken else ledger

@@ -73,10 +73,11 @@ def _train(run: Any, workdir: Path, **options: Any) -> dict[str, Any]:
     from dyncomp.training.loop import train
     from dyncomp.training.suite import Suite, train_suite
 
-    if isinstance(run, Suite) and run.selected() is None:
+    chosen = run.selected() if isinstance(run, Suite) else run
+    if chosen is None:
         workdir.mkdir(parents=True, exist_ok=True)
         return train_suite(run, workdir, **options)
-    return train(run.selected() if isinstance(run, Suite) else run, workdir, **options)
+    return train(chosen, workdir, **options)
 
 
 def _report(workdir: Path, summary: dict[str, Any]) -> Path:

@@ -26,7 +26,7 @@ class ExitBank(nn.Module):
     gated: bool = True
     dtypes: DTypes = DTypes()
 
-    def setup(self):
+    def setup(self):  # noqa: D102
         self.heads = ExitHeads(self.exits, self.classes, self.hidden, self.dtypes)
         if self.gated:
             self.gates = ExitGates(self.exits, dtypes=self.dtypes)

@@ -35,7 +35,9 @@ class HeadPatience:
 
     def __post_init__(self):
         if self.exits < 1 or self.patience < 1:
-            raise DyncompError(f"HeadPatience: exits={self.exits}, patience={self.patience}; use >= 1")
+            raise DyncompError(
+                f"HeadPatience: exits={self.exits}, patience={self.patience}; use >= 1"
+            )
         self.best_loss = np.full(self.exits, np.inf)
         self.waited = np.zeros(self.exits, int)
         self.best: Any = None
@@ -46,8 +48,7 @@ class HeadPatience:
         return self.waited >= self.patience
 
     def update(self, losses: Float[np.ndarray, "y"], heads: Any) -> Any:
-        """Takes one validation's losses and the heads' parameters (leaves [y ...]); returns them with every
-        frozen head back at its best weights. A frozen head stays frozen."""
+        """One validation: the heads (leaves [y ...]) with every frozen one back at its best weights, for good."""
         better = (np.asarray(losses) < self.best_loss) & ~self.frozen
         live = ~self.frozen
         self.best_loss = np.where(better, losses, self.best_loss)

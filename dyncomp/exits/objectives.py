@@ -19,7 +19,6 @@ from dyncomp.exits.oracle import TargetScore, best_exit, cross_entropy, exit_los
 from dyncomp.exits.rules import exit_mass
 
 Reweight = Literal["paper", "boosted_sg", "official_identity"]
-Phase = Literal["gate", "classifier"]
 
 
 def head_loss(
@@ -43,7 +42,9 @@ def head_loss(
     if reweight == "boosted_sg":
         ratio = lax.stop_gradient(ratio)
     elif reweight != "official_identity":
-        raise DyncompError(f"reweight={reweight!r}: use 'paper', 'boosted_sg' or 'official_identity'")
+        raise DyncompError(
+            f"reweight={reweight!r}: use 'paper', 'boosted_sg' or 'official_identity'"
+        )
     return ratio * weighted / ce.shape[0]
 
 
@@ -122,9 +123,13 @@ class JointExitObjective:
                 f"reweight={self.reweight!r}: use 'paper', 'boosted_sg' or 'official_identity'"
             )
         if self.target_score not in ("ce", "error", "confidence"):
-            raise DyncompError(f"target_score={self.target_score!r}: use 'ce', 'error' or 'confidence'")
+            raise DyncompError(
+                f"target_score={self.target_score!r}: use 'ce', 'error' or 'confidence'"
+            )
         if self.period < 1 or self.lam < 0:
-            raise DyncompError(f"period={self.period}, lam={self.lam}: use period >= 1 and lam >= 0")
+            raise DyncompError(
+                f"period={self.period}, lam={self.lam}: use period >= 1 and lam >= 0"
+            )
 
     def in_gate_phase(self, step: Int[Array, ""] | int):
         """Whether ``step`` trains the gates; works on Python and traced integers."""

@@ -5,7 +5,7 @@ execution, training) and after each segment (host execution), with equal bits. I
 """
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from dyncomp.exits.gates import gate_features
 Score = Literal["max_p", "entropy", "margin"]
 
 
+@runtime_checkable
 class ExitRule(Protocol):
     """What a rule offers; ``state`` is a pytree whose leaves have a leading batch axis."""
 

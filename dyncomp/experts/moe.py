@@ -3,7 +3,6 @@
 import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 

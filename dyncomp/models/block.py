@@ -1,5 +1,6 @@
 """A pre-norm residual block with two seams: what mixes positions, and what acts on each."""
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -59,7 +60,7 @@ class Block(nn.Module):
         x = constrain(x + y, ACTIVATION)
         aux = nest(mixer=mixed, ffn=fed)
         if "hidden" in capture:
-            aux = aux.replace(plans={**aux.plans, "hidden": x})
+            aux = dataclasses.replace(aux, plans={**aux.plans, "hidden": x})
         return x, aux
 
     def _norm(self, name: str) -> Norm:

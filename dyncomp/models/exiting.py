@@ -25,7 +25,7 @@ class ExitingClassifier(nn.Module):
 
     Attributes:
       backbone: factory of a network with ``features``, ``embed``, ``run_block``, ``pooled``, ``classify``, ``head``,
-        ``depth``, ``d_model`` and ``cost`` (`VisionTransformer`). Its blocks must be dense: every example costs the same.
+        ``depth``, ``d_model`` and ``cost`` (`VisionTransformer`). Its blocks must be dense: equal cost for all.
       exits: factory of the bank, called with ``exits``, ``classes`` and ``dtypes``.
       rule: decides where each example leaves.
     """
@@ -40,10 +40,12 @@ class ExitingClassifier(nn.Module):
         check_factory(self.exits, "ExitingClassifier.exits")
         super().__post_init__()
 
-    def setup(self):
+    def setup(self):  # noqa: D102
         self.net = self.backbone(dtypes=self.dtypes)
         if self.net.depth < 2:
-            raise DyncompError("ExitingClassifier: a backbone of one block has no place for an exit")
+            raise DyncompError(
+                "ExitingClassifier: a backbone of one block has no place for an exit"
+            )
         self.bank = self._bank()
 
     def _bank(self, **kwargs: Any) -> ExitBank:
@@ -94,7 +96,13 @@ class ExitingClassifier(nn.Module):
         controls = self._controls(images.shape)
         plan = decide(self.rule, early, gates, controls["thresholds"])
         emitted = jnp.take_along_axis(logits, plan.exit[None, :, None], axis=0)[0]
-        output = {"logits": logits, "gates": gates, "exit": plan.exit, "emitted": emitted, **controls}
+        output = {
+            "logits": logits,
+            "gates": gates,
+            "exit": plan.exit,
+            "emitted": emitted,
+            **controls,
+        }
         plans = {"exit": plan} if "plan" in capture else {}
         return output, Aux(inner.losses, self._events(plan.exit, mask), plans)
 

@@ -114,7 +114,9 @@ class GroupStack(nn.Module):
                 metadata_params={nn.PARTITION_NAME: STACKED},
             )
             x, aux = scan(self.layers, x, own.get(STACKED))
-            return x, aux if aux.cache is None else aux.replace(cache={STACKED: aux.cache})
+            return x, aux if aux.cache is None else dataclasses.replace(
+                aux, cache={STACKED: aux.cache}
+            )
         body = self._remat(body, prevent_cse=True)
         parts = []
         for index, period in enumerate(self.layers):
@@ -169,6 +171,6 @@ def join(parts: Sequence[Aux]) -> Aux:
         for index, part in enumerate(parts)
         if part.cache is not None
     }
-    bare = [part.replace(cache=None) for part in parts]
+    bare = [dataclasses.replace(part, cache=None) for part in parts]
     joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *bare)
-    return joined.replace(cache=cache or None)
+    return dataclasses.replace(joined, cache=cache or None)

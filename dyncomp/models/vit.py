@@ -1,5 +1,6 @@
 """A vision transformer (Dosovitskiy et al. 2021) whose stages can be called one by one."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -136,7 +137,7 @@ class VisionTransformer(nn.Module):
             ]
             order = jnp.stack(blocks, axis=1)  # [repeat, period, b, t, d]
             stacked.append(order.reshape(-1, *order.shape[2:]))
-        return self.pooled(jnp.concatenate(stacked)), aux.replace(plans={})
+        return self.pooled(jnp.concatenate(stacked)), dataclasses.replace(aux, plans={})
 
     def _run(self, images, mask, train, capture) -> tuple[Array, Aux]:
         x = self.patches(images)

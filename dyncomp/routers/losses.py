@@ -24,7 +24,8 @@ def balance_loss(
     the mean probability. Only Q carries gradient. With uniform Q the value is the mean number of active experts.
     """
     experts = probabilities.shape[-1]
-    chosen = plan.replace(weights=plan.keep.astype(jnp.float32)).one_hot(experts)
+    selected = RoutePlan(plan.experts, plan.keep.astype(jnp.float32), plan.keep)
+    chosen = selected.one_hot(experts)
     share = jax.lax.stop_gradient(_mean(chosen, mask))
     return experts * jnp.sum(share * _mean(probabilities, mask))
 

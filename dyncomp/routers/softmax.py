@@ -79,6 +79,7 @@ class TopK(Softmax):
     renormalize: bool = True
 
     def check(self) -> None:
+        """Refuses a k outside 1..e."""
         super().check()
         if not 1 <= self.k <= self.num_experts:
             raise DyncompError(
@@ -105,9 +106,12 @@ class TopP(Softmax):
     max_p: float = 1.0
 
     def check(self) -> None:
+        """Refuses thresholds outside [0, 1]."""
         super().check()
         if not 0 <= self.p <= self.max_p <= 1:
-            raise DyncompError(f"TopP: need 0 <= p <= max_p <= 1, got p={self.p}, max_p={self.max_p}")
+            raise DyncompError(
+                f"TopP: need 0 <= p <= max_p <= 1, got p={self.p}, max_p={self.max_p}"
+            )
 
     @property
     def slots(self) -> int:

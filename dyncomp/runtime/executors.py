@@ -104,7 +104,9 @@ class HostExecutor:
         self.net, self.capacity, self.launch = net, capacity, launch
         self.buckets = tuple(sorted(buckets or powers_of_two(capacity)))
         if self.buckets[-1] > capacity:
-            raise DyncompError(f"bucket {self.buckets[-1]} exceeds capacity={capacity}; raise capacity")
+            raise DyncompError(
+                f"bucket {self.buckets[-1]} exceeds capacity={capacity}; raise capacity"
+            )
         self.thresholds = np.zeros(len(net.segments), np.float32)
         self.thresholds[: len(net.thresholds)] = net.thresholds
         self._row = jax.ShapeDtypeStruct(example.shape[1:], example.dtype)
@@ -175,7 +177,7 @@ class HostExecutor:
             chunks = self._launch(index, alive, inputs)
             executed[index] = sum(size for size, *_ in chunks)
             stay = []
-            for size, ids, output, leave, score in chunks:
+            for _, ids, output, leave, score in chunks:
                 gone = np.asarray(leave)[: len(ids)] | (index == parts - 1)
                 exits[ids[gone]] = index
                 stay.append(ids[~gone])
@@ -183,7 +185,8 @@ class HostExecutor:
             alive = np.concatenate(stay)
             if not len(alive):
                 break
-        return _finish(self.net, *self._gather(done, b, exits), executed)
+        outputs, scores = self._gather(done, b)
+        return _finish(self.net, outputs, exits, scores, executed)
 
     def _launch(self, index: int, alive: np.ndarray, inputs: np.ndarray) -> list[tuple]:
         """Dispatches one segment for all survivors before anything is waited for."""
@@ -202,7 +205,7 @@ class HostExecutor:
             chunks.append((size, ids, *result))
         return chunks
 
-    def _gather(self, done: list[tuple], b: int, exits: np.ndarray) -> tuple:
+    def _gather(self, done: list[tuple], b: int) -> tuple[np.ndarray, np.ndarray]:
         """Outputs and scores in the order of the inputs."""
         sample = np.asarray(done[0][3])
         outputs = np.zeros((b, *sample.shape[1:]), sample.dtype)
@@ -210,4 +213,4 @@ class HostExecutor:
         for index, ids, gone, output, score in done:
             scores[ids, index] = np.asarray(score)[: len(ids)]
             outputs[ids[gone]] = np.asarray(output)[: len(ids)][gone]
-        return outputs, exits, scores
+        return outputs, scores

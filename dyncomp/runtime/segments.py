@@ -53,7 +53,10 @@ class Segmented:
     thresholds: Any
 
     def __post_init__(self):
-        if not self.segments or len(self.thresholds) not in (len(self.segments), len(self.segments) - 1):
+        if not self.segments or len(self.thresholds) not in (
+            len(self.segments),
+            len(self.segments) - 1,
+        ):
             raise DyncompError(
                 f"{len(self.segments)} segments with {len(self.thresholds)} thresholds: "
                 "give one threshold to each segment (the last may be left out)"
@@ -98,11 +101,15 @@ def _only_block(params: Any, index: int) -> Any:
     for name, value in net.items():
         if not name.startswith("group_"):
             kept[name] = value
-    for name in sorted((n for n in net if n.startswith("group_")), key=lambda n: int(n.split("_")[1])):
+    for name in sorted(
+        (n for n in net if n.startswith("group_")), key=lambda n: int(n.split("_")[1])
+    ):
         layers = sorted(net[name], key=lambda n: int(n.rsplit("_", 1)[1]))
         period = max(1, len(net[name][layers[0]]))
         if 0 <= index < len(layers) * period:
             layer, block = divmod(index, period)
-            kept[name] = {layers[layer]: {f"block_{block}": net[name][layers[layer]][f"block_{block}"]}}
+            kept[name] = {
+                layers[layer]: {f"block_{block}": net[name][layers[layer]][f"block_{block}"]}
+            }
         index -= len(layers) * period
     return {**params, "net": kept}

@@ -74,11 +74,11 @@ class LMObjective:
         """Loss, and the metrics nll (nats a token), output_z if asked for, and every auxiliary loss."""
         nll = Mean.of(token_nll(output, batch["targets"]), batch["mask"])
         extra, metrics = weighted_aux(aux, self.aux_weights, self.aux_reduce)
-        loss = nll.total / jnp.maximum(nll.count, 1.0) + extra
+        loss = jnp.asarray(nll.total / jnp.maximum(nll.count, 1.0) + extra)
         if self.z_loss:
             log_z = jax.nn.logsumexp(output.astype(jnp.float32), axis=-1)
             metrics["output_z"] = Mean.of(jnp.square(log_z), batch["mask"])
-            loss += self.z_loss * metrics["output_z"].total / jnp.maximum(nll.count, 1.0)
+            loss = loss + self.z_loss * metrics["output_z"].total / jnp.maximum(nll.count, 1.0)
         return loss, {"nll": nll, **metrics}
 
 
@@ -110,7 +110,7 @@ class ClassificationObjective:
         smooth = (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
         mean = Mean.of(smooth, batch["mask"])
         extra, metrics = weighted_aux(aux, self.aux_weights, self.aux_reduce)
-        loss = mean.total / jnp.maximum(mean.count, 1.0) + extra
+        loss = jnp.asarray(mean.total / jnp.maximum(mean.count, 1.0) + extra)
         return loss, {**classification_metrics(output, batch), **metrics}
 
 
