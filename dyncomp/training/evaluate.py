@@ -1,14 +1,13 @@
 """Evaluation: quality and compute, from the same pass."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from dyncomp.core.aux import flatten
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
 from dyncomp.core.metrics import Mean
@@ -155,9 +154,11 @@ def experts_per_row(compute: Mapping[str, Any]) -> float | None:
     return sum(rows) / sum(routed) if routed and sum(routed) else None
 
 
-def plain_metrics(out: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, float]:
-    """Flattened scalars of nested metrics, for trackers."""
-    return {prefix + path: float(value) for item in out for path, value in flatten(item).items()}
+def spent(compute: Mapping[str, Any]) -> dict[str, float]:
+    """What a log line says about compute: FLOPs per element and, where there are experts, the mean active ones."""
+    figures = {name: compute[name] for name in ("flops_needed", "flops_executed")}
+    experts = experts_per_row(compute)
+    return figures if experts is None else {**figures, "active_experts": experts}
 
 
 def save_decisions(run: Run, variables: Mapping[str, Any], path: Path) -> bool:

@@ -23,7 +23,7 @@ from dyncomp.tasks.loader import Loader
 from dyncomp.training import compile_cache, records
 from dyncomp.training.checkpoint import Checkpointer, steps_in
 from dyncomp.training.engine import Engine
-from dyncomp.training.evaluate import Evaluator, compute, save_decisions
+from dyncomp.training.evaluate import Evaluator, compute, save_decisions, spent
 from dyncomp.training.memory import Measured
 from dyncomp.training.records import Timings
 from dyncomp.training.run import Run
@@ -205,7 +205,7 @@ class Session:
             self.checkpoints.poll()
         if _at(self.step, run.eval_every):
             found = self.evaluator(self.state.variables, "validation", run.eval_batches)
-            self._write("validation", {**found["quality"], **_flops(found["compute"])})
+            self._write("validation", {**found["quality"], **spent(found["compute"])})
         if stage.controller and _at(self.step, stage.controller_every):
             call = lambda batch: self.engine.forward(self.state.variables, batch)
             changed = stage.controller(self.state, call, run.task, self.step)
@@ -241,7 +241,7 @@ class Session:
             inputs = self.run.task.spec()["inputs"]
             costs = self.run.model.cost((self.run.batch_size // self.run.accumulate, *inputs.shape))
             ledger = Ledger(costs).record(self.window.counts())
-            values |= _flops(compute(ledger, self.window.elements))
+            values |= spent(compute(ledger, self.window.elements))
         self._write("train", values)
         self.window = Window()
 
@@ -260,7 +260,7 @@ class Session:
         self.checkpoints.wait()
         run, variables = self.run, self.state.variables
         final = self.evaluator(variables, "test", run.final_eval_batches)
-        self._write("test", {**final["quality"], **_flops(final["compute"])})
+        self._write("test", {**final["quality"], **spent(final["compute"])})
         summary = {
             "step": self.step,
             "quality": final["quality"],
@@ -295,7 +295,3 @@ class Session:
 
 def _at(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _flops(figures: dict[str, Any]) -> dict[str, float]:
-    return {name: figures[name] for name in ("flops_needed", "flops_executed")}

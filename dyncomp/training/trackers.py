@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from dyncomp.core.errors import DyncompError
 
@@ -45,18 +45,26 @@ FINAL = "test"
 """The split of the last record; a resumed run writes it again."""
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; a line that was cut off ends it."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
 def truncate(path: Path, step: int) -> None:
     """Drops records after ``step``, the final one, and a line that was cut off; in one step of the file system."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if record["step"] <= step and record["split"] != FINAL:
-            kept.append(line + "\n")
+    kept = [
+        json.dumps(record) + "\n"
+        for record in read_records(path)
+        if record["step"] <= step and record["split"] != FINAL
+    ]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(kept))
     scratch.replace(path)
