@@ -1,95 +1,44 @@
 """`dyncomp bench NAME`: speed and truth of the ledger, measured; never asserted in a test."""
 
 import argparse
+import contextlib
+import difflib
 import importlib
 import json as jsonlib
-import os
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from dyncomp.core.environment import environment
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.lock import measuring
 
 BENCHES = {
-    "ledger": "dyncomp.bench.ledger",
-    "overhead": "dyncomp.bench.overhead",
-    "kills": "dyncomp.bench.kills",
-    "exits": "dyncomp.bench.exits",
-    "experts": "dyncomp.bench.experts",
+    "ledger": "the ledger's FLOPs against XLA's own count",
+    "overhead": "the train step against a plain JAX loop, and real data against one cached batch",
+    "compile": "seconds to compile the train step of every laptop config, and of deep against shallow models",
+    "memory": "XLA's figure for a train step of 1 GiB and more against what the process really takes",
+    "kills": "a run killed a hundred times ends with the bits of an uninterrupted one",
+    "exits": "the exit executor against the full network",
+    "experts": "the mixture of experts against the dense unit of equal active width",
 }
-"""Name -> module with ``rows(quick: bool) -> list[dict]``, imported when asked for."""
+"""Name -> what it measures; ``rows(quick: bool) -> list[dict]`` is in the module of that name."""
 
 COLUMNS = ("id", "ratio", "interval", "goal", "relation", "holds")
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on: versions, processor, threads, date, revision."""
-    packages = ("dyncomp", "jax", "jaxlib", "flax", "optax", "numpy")
-    versions = {name: _version(name) for name in packages}
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "date": time.strftime("%Y-%m-%d"),
-        "revision": _revision(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _revision() -> str | None:
-    """The git revision of the source tree, with + where it was changed; None outside a repository."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        revision = git("rev-parse", "HEAD")
-    except FileNotFoundError:
-        return None
-    return revision and revision + ("+" if git("status", "--porcelain", "-uno") else "")
-
-
 def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
-    """Runs a bench under the machine's lock.
+    """Runs a bench under the machine's lock (a quick one measures nothing, so it need not wait for its turn).
 
     Raises:
       DyncompError: there is no such bench, or something else is being measured.
     """
     if name not in BENCHES:
-        raise DyncompError(f"no bench {name!r}; there are {', '.join(sorted(BENCHES))}")
-    try:
-        module = importlib.import_module(BENCHES[name])
-    except ModuleNotFoundError as error:
-        if error.name != BENCHES[name]:
-            raise
-        raise DyncompError(f"bench {name!r} is not part of this version") from None
-    with measuring(f"bench {name}"):
+        close = difflib.get_close_matches(name, BENCHES, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`dyncomp bench list` names them"
+        raise DyncompError(f"no bench {name!r}: {hint}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    with contextlib.nullcontext() if quick else measuring(f"bench {name}"):
         rows = module.rows(quick)
     return {"bench": name, "quick": quick, "environment": environment(), "rows": rows}
 
@@ -99,7 +48,9 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*COLUMNS, title=f"bench {result['bench']}{' (quick)' * result['quick']}")
+    table = Table(title=f"bench {result['bench']}{' (quick)' * result['quick']}")
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=column == "id")
     for row in result["rows"]:
         table.add_row(*(_text(row.get(column)) for column in COLUMNS))
     console = Console()
@@ -116,8 +67,16 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _list(json: bool) -> int:
+    lines = [f"{name:9} {about}" for name, about in BENCHES.items()]
+    print(jsonlib.dumps(BENCHES, indent=1) if json else "\n".join(lines))
+    return 0
+
+
 def main(name: str, argv: Sequence[str] = (), json: bool = False) -> int:
-    """Runs bench ``name`` with ``argv`` (``--quick``) and prints a table or JSON; 0 when it ran."""
+    """Runs bench ``name`` with ``argv`` (``--quick``) and prints a table or JSON; 0 when it ran. "list" names all."""
+    if name == "list":
+        return _list(json)
     parser = argparse.ArgumentParser(prog=f"dyncomp bench {name}")
     parser.add_argument("--quick", action="store_true", help="a smoke run, never evidence")
     result = measure(name, quick=parser.parse_args(list(argv)).quick)

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dyncomp.bench import timing
 from dyncomp.core.errors import DyncompError
 
 CHILD = """
@@ -121,9 +122,16 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     kills = 3 if quick else 100
     with tempfile.TemporaryDirectory() as folder:
         result = interrupted_equals_whole(Path(folder), kills=kills)
-    ratio = float(result.equal)
-    row = {"id": "kills/digits", "ratio": ratio, "interval": [ratio, ratio], "goal": 1.0}
-    row |= {"relation": "all bits equal", "holds": result.equal and result.kills == kills}
-    row |= {"reference": "the same run without interruption", "peer": None}
-    row |= {"median_ours": None, "median_peer": None, "needed": None, "executed": None}
-    return [{**row, "runs": result.kills, "differs": result.differs}]
+    share = float(result.equal)
+    row = timing.row(
+        "kills/digits",
+        share,
+        (share, share),
+        goal=1.0,
+        relation="all bits equal",
+        holds=result.equal and result.kills == kills,
+        reference="the same run without interruption",
+        runs=result.kills,
+        differs=result.differs,
+    )
+    return [row]

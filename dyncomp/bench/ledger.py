@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from dyncomp import models
 from dyncomp.attention import Attention
+from dyncomp.bench import timing
 from dyncomp.core import dispatch
 from dyncomp.core.ledger import Ledger
 from dyncomp.experts import MLP, MoE, SwiGLU
@@ -47,23 +48,22 @@ def row(
     """A row in the common format; exact counts, so the interval is a point."""
     executed = ledger.total("executed")
     ratio = executed / counted
-    return {
-        "id": f"ledger/{name}",
-        "ratio": ratio,
-        "interval": [ratio, ratio],
-        "goal": goal,
-        "relation": "abs(ratio - 1) <= goal",
-        "holds": abs(ratio - 1) <= goal,
-        "reference": rule,
-        "peer": "XLA cost_analysis",
-        "median_ours": executed,
-        "median_peer": counted,
-        "needed": ledger.total("needed"),
-        "executed": executed,
-        "runs": 1,
-        "rule": rule,
+    return timing.row(
+        f"ledger/{name}",
+        ratio,
+        (ratio, ratio),
+        goal=goal,
+        relation="abs(ratio - 1) <= goal",
+        reference=rule,
+        peer="XLA cost_analysis",
+        median_ours=executed,
+        median_peer=counted,
+        needed=ledger.total("needed"),
+        executed=executed,
+        runs=1,
+        rule=rule,
         **extra,
-    }
+    )
 
 
 def language_model(ffn: Any, depth: int) -> models.DecoderLM:

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dyncomp.core.environment import environment, git
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.lock import measuring
 from dyncomp.evidence import stats
 from dyncomp.evidence.claims import Claim, check_arms, digest, read_claims
-from dyncomp.evidence.environment import environment, git
 from dyncomp.evidence.page import write_page
 from dyncomp.evidence.seed import PINNED, load_experiment
 
@@ -130,7 +130,7 @@ def _run_seed(folder: Path, seed: int, work: Path, quick: bool) -> dict[str, Any
     own, stamp = work / f"seed_{seed}", _stamp(folder)
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
-    made = environment(folder)
+    made = environment(folder, threads=1)
     command = [sys.executable, "-m", "dyncomp.evidence.seed", str(folder / "experiment.py")]
     command += [str(seed), str(own), *(["--quick"] if quick else [])]
     log = own / "log.txt"
@@ -178,7 +178,7 @@ def _results(
         "title": getattr(module, "TITLE", folder.name),
         "quick": quick,
         "claims_digest": digest(folder / "claims.toml"),
-        "environment": environment(folder),
+        "environment": environment(folder, threads=1),
         "arms": list(module.ARMS),
         "metrics": getattr(module, "METRICS", {}),
         "compute": compute,

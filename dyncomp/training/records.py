@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dyncomp.core.environment import differences, run_environment
 from dyncomp.core.errors import DyncompError
-from dyncomp.training import environment
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -34,13 +34,13 @@ def open_workdir(workdir: Path, config_text: str, quick: bool) -> list[str]:
       DyncompError: the folder holds a smoke run and this is none, or the other way round.
     """
     notes = []
-    now = {**environment.environment(), "quick": quick}
+    now = {**run_environment(), "quick": quick}
     before = read_json(workdir / "environment.json")
     if before is not None:
         if before.get("quick") != quick:
             kind = "a --quick run" if before.get("quick") else "a full run"
             raise DyncompError(f"{workdir} holds {kind}; use another --workdir or delete it")
-        for line in environment.differences(before, now):
+        for line in differences(before, now):
             notes.append(f"warning: resumed numbers may differ in their last bits: {line}")
     config = workdir / "config.gin"
     if before is not None and config.exists() and config.read_text() != config_text:
