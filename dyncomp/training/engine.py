@@ -35,6 +35,7 @@ class Engine:
             check_batch(run.batch_size // run.accumulate, self.mesh)
         spec = run.task.spec()["inputs"]
         self.inputs = np.zeros((1, *spec.shape), spec.dtype)
+        self.abstracts: dict[int, TrainState] = {}
 
     def context(self) -> Any:
         """Tracing and running happen inside this."""
@@ -66,10 +67,12 @@ class Engine:
         return self._abstract(self.run.stage_at(step)[0])
 
     def _abstract(self, index: int) -> TrainState:
-        make = functools.partial(self._make, index)
-        abstract = jax.eval_shape(make, self.inputs, np.int32(0))
-        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        return jax.tree.map(place, abstract, self._placed(abstract))
+        if index not in self.abstracts:  # tracing a model takes longer than a controller's call may
+            make = functools.partial(self._make, index)
+            abstract = jax.eval_shape(make, self.inputs, np.int32(0))
+            place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            self.abstracts[index] = jax.tree.map(place, abstract, self._placed(abstract))
+        return self.abstracts[index]
 
     def fresh(self) -> TrainState:
         """Step 0: a pure function of the run's seed."""

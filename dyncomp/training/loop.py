@@ -74,7 +74,7 @@ def train(
     if done is not None:
         return done
     session = Session(run, workdir, config_text, notes, exit_code)
-    with session.engine.context(), _Terminator() as terminator:
+    with session.engine.context(), Terminator() as terminator:
         try:
             session.start(trackers, progress)
             session.steps(terminator)
@@ -90,13 +90,13 @@ def quicken(run: Run) -> Run:
     return run.replace(**short, log_every=2, eval_batches=1, final_eval_batches=1)
 
 
-class _Terminator:
+class Terminator:
     """Remembers SIGTERM while a run is under way (only the main thread may ask for signals)."""
 
     def __init__(self) -> None:
         self.asked = False
 
-    def __enter__(self) -> "_Terminator":
+    def __enter__(self) -> "Terminator":
         try:
             self.before = signal.signal(signal.SIGTERM, self._ask)
         except ValueError:
@@ -155,7 +155,7 @@ class Session:
         self.timings = Timings(self.workdir / "timings.jsonl")
         self.bar = records.Bar(self.run.total_steps, self.step, progress)
 
-    def steps(self, terminator: _Terminator) -> None:
+    def steps(self, terminator: Terminator) -> None:
         """All steps that are left."""
         loader = Loader(
             self.run.task.source("train"), seed=self.run.seed, batch_size=self.run.batch_size
@@ -166,7 +166,7 @@ class Session:
             self._stage(index, end, batches, loader, terminator)
 
     def _stage(
-        self, index: int, end: int, batches: Any, loader: Loader, terminator: _Terminator
+        self, index: int, end: int, batches: Any, loader: Loader, terminator: Terminator
     ) -> None:
         assert self.timings and self.bar
         sample = self.engine.batch(loader.batch(self.step))
@@ -186,14 +186,14 @@ class Session:
             if self._due(index, end, terminator):
                 self._pause(index, end, terminator)
 
-    def _due(self, index: int, end: int, terminator: _Terminator) -> bool:
+    def _due(self, index: int, end: int, terminator: Terminator) -> bool:
         """Whether anything but the next step is to be done now."""
         run, stage = self.run, self.engine.stages[index]
         every = (run.log_every, run.eval_every, run.save_every)
         act = stage.controller_every if stage.controller else 0
         return terminator.asked or self.step == end or any(_at(self.step, n) for n in (*every, act))
 
-    def _pause(self, index: int, end: int, terminator: _Terminator) -> None:
+    def _pause(self, index: int, end: int, terminator: Terminator) -> None:
         run, stage = self.run, self.engine.stages[index]
         assert self.timings
         self._check_finite()
