@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dyncomp.cli.output import command, json_flag, print_json, scalars, table
+from dyncomp.cli.output import command, json_flag, print_json, results
 
 SPLITS = ("validation", "calibration", "test", "train")
 
@@ -28,4 +28,4 @@ def _main(args: argparse.Namespace) -> None:
     if args.json:
         print_json(result)
     else:
-        table(f"{args.workdir} on {args.split}", ("figure", "value"), scalars(result).items())
+        results(f"{args.workdir} on {args.split}", {Path(args.workdir).resolve().name: result})

@@ -43,34 +43,61 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints a table; None is an empty cell, floats have four significant digits."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = ""
+) -> None:
+    """Prints a table: None is an empty cell, columns of numbers are set to the right.
+
+    Args:
+      title: stands above it.
+      columns: heads.
+      rows: cells; see `dyncomp.report.summary.cell` for how numbers look.
+      note: stands below it.
+    """
     from rich.console import Console
     from rich.table import Table
 
+    rows = [list(row) for row in rows]
     made = Table(title=title, title_justify="left")
-    for column in columns:
-        made.add_column(column, overflow="fold")
+    for n, column in enumerate(columns):
+        numeric = any(isinstance(row[n], int | float) for row in rows)
+        made.add_column(column, overflow="fold", justify="right" if numeric else "left")
     for row in rows:
-        made.add_row(*(cell(value) for value in row))
-    Console().print(made)
+        made.add_row(*(_escaped(value) for value in row))
+    console = Console()
+    console.print(made)
+    if note:
+        console.print(note, style="dim")
 
 
-def cell(value: Any) -> str:
-    """A value as the text of a table cell, with rich's markup switched off."""
+def _escaped(value: Any) -> str:
+    """A cell's text with rich's markup switched off."""
     from rich.markup import escape
 
-    if value is None:
-        return ""
-    return escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+    from dyncomp.report.summary import cell
+
+    return escape(cell(value))
 
 
-def scalars(summary: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The numbers of a nested summary by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in summary.items():
-        if isinstance(value, dict):
-            found |= scalars(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{name}"] = value
-    return found
+FLOPS_NOTE = "FLOPs are per token or image. Needed: what the decisions require; executed: padding and masked work too."
+
+
+def results(title: str, members: dict[str, dict[str, Any]]) -> None:
+    """Prints the figures of runs side by side.
+
+    Args:
+      title: stands above the table.
+      members: name of a run -> its summary.json, or what an evaluation returned.
+    """
+    from dyncomp.report.summary import figures_of
+
+    found = {name: figures_of(summary) for name, summary in members.items()}
+    labels: dict[str, str] = {}
+    for summary in members.values():
+        if headline := summary.get("headline"):
+            better = "lower" if summary.get("minimize", True) else "higher"
+            labels[headline] = f"{headline} ({better} is better)"
+    # In the order of the run with most to say, so that a dense baseline does not push a line to the end.
+    names = dict.fromkeys(n for f in sorted(found.values(), key=len, reverse=True) for n in f)
+    rows = [(labels.get(n, n), *(figures.get(n) for figures in found.values())) for n in names]
+    table(title, ("", *found), rows, FLOPS_NOTE if "needed FLOPs" in names else "")

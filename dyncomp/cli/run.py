@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dyncomp.cli.output import command, json_flag, print_json, scalars, table, workdir_flag
+from dyncomp.cli.output import command, json_flag, print_json, results, workdir_flag
 from dyncomp.core.errors import DyncompError
 
+PREEMPTED = 75
+"""What tells a scheduler to start the command again (EX_TEMPFAIL)."""
 TRACKERS = ("jsonl", "tensorboard", "wandb")
 
 
@@ -30,6 +32,13 @@ def add(commands: Any) -> None:
         help=f"comma-separated out of {', '.join(TRACKERS)} (jsonl is always on)",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "--preempt-code",
+        type=int,
+        default=PREEMPTED,
+        metavar="N",
+        help="exit code, 1 to 255, when SIGTERM made it save and stop (default: %(default)s)",
+    )
     json_flag(parser)
 
 
@@ -50,6 +59,8 @@ def _main(args: argparse.Namespace) -> None:
     from dyncomp import config
 
     chosen = trackers(args.tracker)
+    if not 1 <= args.preempt_code <= 255:
+        raise DyncompError(f"--preempt-code {args.preempt_code}: write a number from 1 to 255")
     run = config.load(args.config, args.overrides)
     text = config.operative(args.config, args.overrides)
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem)
@@ -60,12 +71,13 @@ def _main(args: argparse.Namespace) -> None:
         trackers=chosen,
         progress=not (args.no_progress or args.json),
         quick=args.quick,
+        exit_code=args.preempt_code,
     )
     report = _report(workdir, summary)
     if args.json:
         print_json({"workdir": str(workdir), "report": str(report), "summary": summary})
         return
-    _show(workdir, summary)
+    results(f"Results in {workdir}", summary.get("suite", {workdir.name: summary}))
     print(f"report: {report.resolve()}")
 
 
@@ -89,12 +101,3 @@ def _report(workdir: Path, summary: dict[str, Any]) -> Path:
     runs = [read_run(member, member.name) for member in members]
     write_pareto(runs, workdir / "pareto.svg")
     return write_report(members, workdir / "report.html")
-
-
-def _show(workdir: Path, summary: dict[str, Any]) -> None:
-    members = {
-        name: scalars(s) for name, s in summary.get("suite", {workdir.name: summary}).items()
-    }
-    names = dict.fromkeys(name for figures in members.values() for name in figures)
-    rows = [(name, *(figures.get(name) for figures in members.values())) for name in names]
-    table(f"Results in {workdir}", ("figure", *members), rows)

@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dyncomp.cli.output import command, json_flag, print_json, scalars, table, workdir_flag
+from dyncomp.cli.output import command, json_flag, print_json, table, workdir_flag
+from dyncomp.cli.run import PREEMPTED
 from dyncomp.core.errors import DyncompError, Preempted
-
-PREEMPTED = 75
 
 
 def add(commands: Any) -> None:
@@ -231,11 +230,24 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 
 
 def _show(workdir: Path, rows: list[dict[str, Any]]) -> None:
-    figures = [scalars(row["summary"] or {}) for row in rows]
-    names = list(dict.fromkeys(name for found in figures for name in found))[:6]
+    figures = [_headlines(row["summary"] or {}) for row in rows]
+    names = list(dict.fromkeys(name for found in figures for name in found))
     columns = (*rows[0]["point"], "status", *names)
     cells = [
         (*row["point"].values(), row["status"], *(found.get(n) for n in names))
         for row, found in zip(rows, figures, strict=True)
     ]
     table(f"Sweep in {workdir}", columns, cells)
+
+
+def _headlines(summary: dict[str, Any]) -> dict[str, Any]:
+    """Quality and compute of a run, or of each run of a suite."""
+    from dyncomp.report.summary import figures_of
+
+    found = {}
+    for name, member in summary.get("suite", {"": summary}).items():
+        figures = figures_of(member)
+        for wanted in (member.get("headline"), "needed FLOPs"):
+            if wanted in figures:
+                found[f"{name} {wanted}".strip()] = figures[wanted]
+    return found

@@ -11,6 +11,7 @@ from dyncomp.report.curves import curve, metric_names
 from dyncomp.report.decisions import pictures
 from dyncomp.report.load import RunFiles, mapping, number, read_run
 from dyncomp.report.pareto import pareto
+from dyncomp.report.summary import cell, figures_of
 
 MAX_CURVES = 12
 STYLE = """
@@ -100,32 +101,11 @@ def _section(title: str, body: str, note: str = "") -> str:
 
 
 def _overview(runs: Sequence[RunFiles]) -> str:
-    rows = {run.name: figures_of(run) for run in runs}
+    rows = {run.name: figures_of(run.summary) for run in runs}
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     body = [[name, *(row.get(column) for column in columns)] for name, row in rows.items()]
     note = "FLOPs are per token or image. Needed: what the decisions require; executed: padding and masked work too."
     return _section("Results", table(["run", *columns], body) if columns else "", note)
-
-
-def figures_of(run: RunFiles) -> dict[str, Any]:
-    """The figures of a run that stand in the first table."""
-    summary = run.summary
-    compute, memory, timings = (mapping(summary.get(k)) for k in ("compute", "memory", "timings"))
-    found = {
-        **mapping(summary.get("quality")),
-        "needed FLOPs": compute.get("flops_needed"),
-        "executed FLOPs": compute.get("flops_executed"),
-        "parameters": summary.get("parameters"),
-        "seconds per step": timings.get("seconds_per_step"),
-        "memory, XLA (MiB)": _mebibytes(memory.get("xla_bytes")),
-        "memory, measured (MiB)": _mebibytes(memory.get("measured_bytes")),
-    }
-    return {name: value for name, value in found.items() if number(value) is not None}
-
-
-def _mebibytes(value: Any) -> float | None:
-    found = number(value)
-    return None if found is None else found / 2**20
 
 
 def _fronts(runs: Sequence[RunFiles]) -> str:
@@ -208,14 +188,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return (
         f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     )
-
-
-def cell(value: Any) -> str:
-    """A value as text: whole numbers in groups of three, others with four significant digits."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 and abs(value) < 1e15 else f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
