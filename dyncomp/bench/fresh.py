@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from dyncomp.core.errors import DyncompError
@@ -14,19 +15,20 @@ MARK = "dyncomp-result "
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
-def call(target: str, *, pinned: bool = False, **arguments: Any) -> Any:
-    """Calls ``module:function`` with JSON arguments in a new process and returns its JSON result.
+def call(target: str, arguments: Mapping[str, Any], *, pinned: bool = False) -> Any:
+    """Calls ``module:function`` with keyword arguments in a new process and returns its JSON result.
 
     JAX's compile cache is off there.
 
     Args:
       target: of this library, such as "dyncomp.bench.compile:compile_seconds".
+      arguments: JSON-ready.
       pinned: one thread on one core, as evidence runs; else the cores of this process.
 
     Raises:
       DyncompError: the process failed; the message ends with its last line.
     """
-    words = [sys.executable, "-m", __name__, target, json.dumps(arguments)]
+    words = [sys.executable, "-m", __name__, target, json.dumps(dict(arguments))]
     env = {**os.environ, **NO_CACHE, **(PINNED if pinned else {})}
     done = subprocess.run([*words, *["--pinned"][: int(pinned)]], env=env, capture_output=True)
     lines = done.stdout.decode(errors="replace").splitlines()
