@@ -7,6 +7,7 @@ conformal quantiles from the calibration split; test labels only score (and serv
 
 import dataclasses
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ from dyncomp.models import Block, Group, VisionTransformer
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.tasks import FashionMNIST
 
+TITLE = "Jointly learned exits and heads"
+COMPUTE = "cost"
+METRICS = {
+    "accuracy": {"text": "percent of the test images"},
+    "cost": {"text": "mean FLOPs of a test image; the whole network is 1", "minimize": True},
+    "ece": {"text": "expected calibration error of the emitted probability", "minimize": True},
+    "set_size": {"text": "classes in the conformal set at 95%", "minimize": True},
+    "coverage": {"text": "share of test images whose conformal set holds their class"},
+}
 LAMBDAS = (0.05, 0.2, 0.5, 1.0, 2.0)
 METHODS = ("jei", "threshold", "random", "oracle", "uniform", "official")
 ARMS = ["static", *METHODS, *(f"{method}_{lam:g}" for method in METHODS for lam in LAMBDAS)]
@@ -340,7 +350,7 @@ def load(quick: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, dict[str, float]]:
-    """All arms of one seed: arm -> metric -> value; ``_figures`` holds exits and images for the pictures."""
+    """All arms of one seed: arm -> metric -> value; decisions_SEED.npz in ``workdir`` is for the pictures."""
     lengths, arrays, whole = QUICK if quick else Lengths(), load(quick), model()
     net = whole.backbone()
     costs = np.asarray(whole.cumulative_costs((1, *arrays["test"][0].shape[1:])), np.float32)
@@ -357,7 +367,8 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, dict[str, float
         found["official"] = arms_of(identity, data, costs, lam, seed)["jei"]
         results |= {f"{method}_{lam:g}": found[method] for method in METHODS}
         if lam == 0.5:
-            shown = pictures(joint, data["test"], arrays["test"][0])
+            left = outputs(joint, data["test"])
+            shown = _pictures().chosen(left, arrays["test"][0], costs)
     for method in METHODS:
         sweep = [results[f"{method}_{lam:g}"] for lam in LAMBDAS]
         results[method] = {key: float(np.mean([one[key] for one in sweep])) for key in sweep[0]}
@@ -371,15 +382,16 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, dict[str, float
     return results
 
 
-def pictures(params: Any, data: Cached, images: np.ndarray, per_exit: int = 10) -> dict[str, Any]:
-    """The first images that leave at each exit, and how many of each class leave where."""
-    out = outputs(params, data)
-    classes = np.zeros((DEPTH, CLASSES), int)
-    np.add.at(classes, (out.exits, out.labels), 1)
-    rows = [np.flatnonzero(out.exits == index)[:per_exit] for index in range(DEPTH)]
-    chosen = np.concatenate(rows)
-    right = out.probabilities[out.exits, np.arange(len(out.exits))].argmax(-1) == out.labels
-    return {
-        "classes": classes, "images": images[chosen], "exit": out.exits[chosen],
-        "label": out.labels[chosen], "right": right[chosen],
-    }  # fmt: skip
+def _pictures() -> Any:
+    """``pictures.py`` beside this file."""
+    path = Path(__file__).with_name("pictures.py")
+    spec = importlib.util.spec_from_file_location("pictures_of_joint_exits", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def figures(results: dict[str, Any], outdir: Path) -> None:
+    """Writes the pictures of the page."""
+    _pictures().draw(results, outdir)
