@@ -153,7 +153,7 @@ class Session:
         self.window = Window(extra.get("window"))
         self.trackers = make_trackers(trackers, self.workdir, self.step)
         self.timings = Timings(self.workdir / "timings.jsonl")
-        self.bar = records.Bar(self.run.total_steps, self.step, progress)
+        self.bar = records.Bar(self.workdir.name, self.run.total_steps, self.step, progress)
 
     def steps(self, terminator: Terminator) -> None:
         """All steps that are left."""
@@ -170,7 +170,8 @@ class Session:
     ) -> None:
         assert self.timings and self.bar
         sample = self.engine.batch(loader.batch(self.step))
-        compiled, seconds = self.engine.compile(index, sample)
+        with self.bar.doing("compiling"):
+            compiled, seconds = self.engine.compile(index, sample)
         self.compile_seconds.append(seconds)
         self.measured: Measured | None = Measured(compiled, self.state)
         seed = np.int32(self.run.seed)
@@ -195,7 +196,7 @@ class Session:
 
     def _pause(self, index: int, end: int, terminator: Terminator) -> None:
         run, stage = self.run, self.engine.stages[index]
-        assert self.timings
+        assert self.timings and self.bar
         self._check_finite()
         self.timings.pause(self.step)
         if self.measured:  # before evaluation and the copies of a save add to the peak
@@ -204,7 +205,8 @@ class Session:
             self._log()
             self.checkpoints.poll()
         if _at(self.step, run.eval_every):
-            found = self.evaluator(self.state.variables, "validation", run.eval_batches)
+            with self.bar.doing("evaluating"):
+                found = self.evaluator(self.state.variables, "validation", run.eval_batches)
             self._write("validation", {**found["quality"], **spent(found["compute"])})
         if stage.controller and _at(self.step, stage.controller_every):
             call = lambda batch: self.engine.forward(self.state.variables, batch)
@@ -236,6 +238,7 @@ class Session:
             ) from None
 
     def _log(self) -> None:
+        assert self.bar
         values = self.window.values()
         if self.window.events:
             inputs = self.run.task.spec()["inputs"]
@@ -243,6 +246,7 @@ class Session:
             ledger = Ledger(costs).record(self.window.counts())
             values |= spent(compute(ledger, self.window.elements))
         self._write("train", values)
+        self.bar.loss(values["loss"])
         self.window = Window()
 
     def _write(self, split: str, values: dict[str, float]) -> None:
@@ -256,17 +260,19 @@ class Session:
 
     def finish(self) -> dict[str, Any]:
         """The final evaluation and summary.json."""
-        assert self.timings
+        assert self.timings and self.bar
         self.checkpoints.wait()
         run, variables = self.run, self.state.variables
-        final = self.evaluator(variables, "test", run.final_eval_batches)
+        with self.bar.doing("evaluating"):
+            final = self.evaluator(variables, "test", run.final_eval_batches)
+            pareto = self.evaluator.pareto(variables, "validation", run.final_eval_batches)
         self._write("test", {**final["quality"], **spent(final["compute"])})
         summary = {
             "step": self.step,
             "quality": final["quality"],
             "compute": final["compute"],
             "ledger": final["ledger"],
-            "pareto": self.evaluator.pareto(variables, "validation", run.final_eval_batches),
+            "pareto": pareto,
             "headline": run.task.headline,
             "minimize": run.task.minimize,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),

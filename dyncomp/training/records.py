@@ -8,6 +8,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
 from dyncomp.core.environment import differences, run_environment
 from dyncomp.core.errors import DyncompError
 
@@ -110,21 +122,57 @@ class Timings:
 
 
 class Bar:
-    """A progress bar on standard error, or nothing."""
+    """A progress bar on standard error, or nothing: name, steps, steps a second, loss or what is going on.
 
-    def __init__(self, total: int, step: int, shown: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    Args:
+      name: of the run.
+      total: steps in all.
+      step: where the run goes on.
+      shown: False draws nothing.
+      console: where to; default standard error.
+    """
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
-        self.task = self.progress.add_task("train", total=total, completed=step)
+    def __init__(
+        self, name: str, total: int, step: int, shown: bool, console: Console | None = None
+    ):
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            _Rate(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        console = console or Console(stderr=True)
+        self.progress = Progress(*columns, console=console, disable=not shown)
+        self.task = self.progress.add_task(name, total=total, completed=step, note="")
+        self.last = ""
         self.progress.start()
 
     def update(self, step: int) -> None:
         """Moves the bar; drawing happens on a thread of its own."""
         self.progress.update(self.task, completed=step)
 
+    def loss(self, value: float) -> None:
+        """Shows the loss of the last log line."""
+        self.last = f"loss {value:.4g}"
+        self.progress.update(self.task, note=self.last)
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Shows what takes its time while no step is taken, such as "compiling"."""
+        self.progress.update(self.task, note=what)
+        yield
+        self.progress.update(self.task, note=self.last)
+
     def close(self) -> None:
         """Leaves the last state on the screen."""
         self.progress.stop()
+
+
+class _Rate(ProgressColumn):
+    """Steps a second over the last half minute; at the end, over all."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g} steps/s")
