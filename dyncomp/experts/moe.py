@@ -24,7 +24,7 @@ class MoE(nn.Module):
     """Routes each token to some of e SwiGLU experts and adds up their weighted outputs.
 
     Events: ``router/rows`` and ``experts/rows`` (row-expert pairs; executed ones include block padding, unused
-    capacity and masked work). Plan (captured): ``route``.
+    capacity and masked work). Plans (captured): ``route``, and ``load`` int32 [e], the rows each expert is chosen for.
 
     Attributes:
       router: factory, called with ``num_experts``.
@@ -67,7 +67,9 @@ class MoE(nn.Module):
             "router": {"rows": count(seen, b * t)},
             "experts": {"rows": count(jnp.sum(plan.keep, dtype=jnp.int32) - dropped, executed)},
         }
-        plans = {"route": plan} if "plan" in capture else {}
+        plans = {}
+        if "plan" in capture:
+            plans = {"route": plan, "load": plan.load(self.num_experts)}
         return y.reshape(b, t, d), Aux(losses, events, plans)
 
     def _bank(self, d: int) -> tuple[Array, Array, Array]:

@@ -3,9 +3,13 @@
 import dataclasses
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dyncomp.core.errors import DyncompError
 
@@ -19,10 +23,11 @@ class RunFiles:
       metrics: records of metrics.jsonl: step, split and figures.
       timings: records of timings.jsonl.
       summary: summary.json.
-      pareto: points with ``flops_needed``, ``flops_executed``, ``seconds`` and the headline metric.
-      decisions: decisions.json, see `dyncomp.report.decisions`.
+      pareto: the summary's points with ``flops_needed``, ``flops_executed``, ``seconds`` and the headline metric.
+      decisions: arrays of decisions.npz, see `dyncomp.report.decisions`.
       config: text of config.gin.
       environment: environment.json.
+      damaged: names of files that are there but can't be read.
     """
 
     name: str
@@ -30,9 +35,10 @@ class RunFiles:
     timings: list[dict[str, Any]]
     summary: dict[str, Any]
     pareto: list[dict[str, Any]]
-    decisions: dict[str, Any]
+    decisions: dict[str, np.ndarray]
     config: str
     environment: dict[str, Any]
+    damaged: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -46,9 +52,9 @@ def read_run(workdir: Path, name: str) -> RunFiles:
     Raises:
       DyncompError: it holds nothing a report can show.
     """
-    summary = _object(workdir / "summary.json")
-    pareto = _json(workdir / "pareto.json")
-    points = pareto if isinstance(pareto, list) else summary.get("pareto", [])
+    damaged: list[str] = []
+    summary = _object(workdir / "summary.json", damaged)
+    points = summary.get("pareto", [])
     config = workdir / "config.gin"
     run = RunFiles(
         name=name,
@@ -56,13 +62,14 @@ def read_run(workdir: Path, name: str) -> RunFiles:
         timings=_lines(workdir / "timings.jsonl"),
         summary=summary,
         pareto=[p for p in points if isinstance(p, dict)] if isinstance(points, list) else [],
-        decisions=_object(workdir / "decisions.json"),
+        decisions=_arrays(workdir / "decisions.npz", damaged),
         config=config.read_text(errors="replace") if config.is_file() else "",
-        environment=_object(workdir / "environment.json"),
+        environment=_object(workdir / "environment.json", damaged),
+        damaged=tuple(damaged),
     )
-    if not any((run.metrics, run.summary, run.pareto, run.decisions)):
+    if not any((run.metrics, run.summary, run.decisions)):
         raise DyncompError(
-            f"{workdir} has nothing to report (no metrics.jsonl, summary.json, pareto.json or decisions.json): "
+            f"{workdir} has nothing to report (no metrics.jsonl, summary.json or decisions.npz that can be read): "
             "give the --workdir of a run"
         )
     return run
@@ -80,16 +87,30 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _json(path: Path) -> Any:
+def _object(path: Path, damaged: list[str]) -> dict[str, Any]:
+    """A JSON object; {} where there is none. The name of a file that can't be read is added to ``damaged``."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError):
-        return None
+        found = None
+    if isinstance(found, dict):
+        return found
+    damaged.append(path.name)
+    return {}
 
 
-def _object(path: Path) -> dict[str, Any]:
-    found = _json(path)
-    return found if isinstance(found, dict) else {}
+def _arrays(path: Path, damaged: list[str]) -> dict[str, np.ndarray]:
+    """Arrays of an npz file, as `_object`."""
+    try:
+        with path.open("rb") as file, np.load(file) as found:
+            return {name: found[name] for name in found.files}
+    except FileNotFoundError:
+        return {}
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error):
+        damaged.append(path.name)
+        return {}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

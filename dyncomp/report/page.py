@@ -37,6 +37,7 @@ figure { margin: 0; } svg { max-width: 100%; height: auto; display: block; }
 pre { background: var(--card); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .8rem;
   margin: .4rem 0; }
 pre.text { white-space: pre-wrap; line-height: 1.7; }
+.swatch { padding: .1rem .4rem; margin-right: 2px; border-radius: 3px; color: var(--ink); }
 .tiles img { width: 42px; height: 42px; margin: 0 3px 3px 0; image-rendering: pixelated; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 """
@@ -127,7 +128,9 @@ def _curves(runs: Sequence[RunFiles]) -> str:
 def _run(run: RunFiles) -> str:
     shown = [f"<h3>{escape(c)}</h3><figure>{h}</figure>" for c, h in pictures(run.decisions)]
     ledger = [row for row in run.summary.get("ledger") or [] if isinstance(row, dict)]
+    unread = [f"{name} is damaged and not shown" for name in run.damaged]
     parts = [
+        f'<p class="note">{escape("; ".join(unread))}</p>' if unread else "",
         *shown,
         _details("Ledger: what was computed, by event", _objects(ledger)),
         _details("Settings of the Pareto plot", _objects([_flat(point) for point in run.pareto])),

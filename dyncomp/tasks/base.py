@@ -69,6 +69,14 @@ class Task:
         example = self.source("train").batch(np.zeros((1,), np.int64))
         return {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in example.items()}
 
+    def describe(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """What a reader can look at for a batch of inputs; kept beside captured decisions. Nothing by default.
+
+        Reports know ``bytes`` uint8 [n] with ``widths`` int32 [b t] (the bytes of all tokens one after another, and
+        how many each token covers), and ``images`` float32 [b h w c] in 0..1.
+        """
+        return {}
+
     def metrics(self, output: Any, batch: Batch) -> dict[str, Mean]:
         """Metrics of one batch, as sums and counts."""
         raise NotImplementedError

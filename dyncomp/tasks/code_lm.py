@@ -110,6 +110,13 @@ class TextTask(Task):
         weights = jax.ShapeDtypeStruct((self.context,), jnp.float32)
         return {"inputs": tokens, "targets": tokens, "bytes": weights, "mask": weights}
 
+    def describe(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """The bytes of all tokens, and how many each token covers."""
+        pieces = self.load_tokenizer().pieces(inputs.reshape(-1))
+        widths = np.asarray([len(piece) for piece in pieces], np.int32)
+        content = np.frombuffer(b"".join(pieces), np.uint8)
+        return {"bytes": content, "widths": widths.reshape(inputs.shape)}
+
     def objective(self) -> LMObjective:
         """Next-token cross-entropy."""
         return LMObjective()

@@ -48,6 +48,11 @@ class ImageTask(Task):
         """Cross-entropy."""
         return ClassificationObjective(label_smoothing=self.label_smoothing)
 
+    def describe(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """The images with the batch's range stretched to 0..1."""
+        low, high = inputs.min(), inputs.max()
+        return {"images": ((inputs - low) / (high - low or 1.0)).astype(np.float32)}
+
     def metrics(self, output: Any, batch: Mapping[str, Any]) -> dict[str, Mean]:
         """Accuracy and negative log-likelihood of logits [b c]."""
         return classification_metrics(output, batch)

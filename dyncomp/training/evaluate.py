@@ -1,5 +1,6 @@
 """Evaluation: quality and compute, from the same pass."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dyncomp.core.aux import flatten
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
 from dyncomp.core.metrics import Mean
@@ -164,12 +166,18 @@ def spent(compute: Mapping[str, Any]) -> dict[str, float]:
 def save_decisions(run: Run, variables: Mapping[str, Any], path: Path) -> bool:
     """Writes every plan of one validation batch, and its inputs, to an npz file; False for a model without plans.
 
-    Keys are the plans' paths (``group_0/layers/.../weights``); under a scanned group arrays lead with the layer.
+    Keys are the plans' paths (``group_0/block_0/ffn/route/weights``; under a scanned group arrays lead with the
+    layer), ``kinds`` (JSON: path of a plan -> name of its class), ``inputs``, ``mask``, and ``shown/...``, what
+    `Task.describe` says about the inputs.
     """
     source = run.task.source("validation")
     batch = next(sequential(source, min(run.batch_size, len(source))))
     _, aux = jax.device_get(jax.jit(forward(run, ("plan",)))(variables, batch))
     arrays = dict(zip(paths(aux.plans), jax.tree.leaves(aux.plans), strict=True))
     if arrays:
-        np.savez_compressed(path, inputs=batch["inputs"], mask=batch["mask"], **arrays)
+        kinds = {name: type(plan).__name__ for name, plan in flatten(aux.plans).items()}
+        shown = run.task.describe(batch["inputs"])
+        arrays |= {f"shown/{name}": values for name, values in shown.items()}
+        arrays |= {"inputs": batch["inputs"], "mask": batch["mask"]}
+        np.savez_compressed(path, kinds=np.array(json.dumps(kinds)), **arrays)
     return bool(arrays)

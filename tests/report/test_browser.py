@@ -59,11 +59,11 @@ def with_probe(page, extra=""):
 
 @pytest.mark.parametrize("size", ["1200,900", "500,900"])
 def test_opens_whole_and_alone(browser, make_run, tmp_path, size):
-    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", shift=0.5)]
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", shift=0.5, pictures="images")]
     page = with_probe(write_report(runs, tmp_path / "report.html"))
     seen, console = visit(browser, page, tmp_path, size)
-    assert len(seen["images"]) == 6 and min(seen["images"]) > 0
-    assert len(seen["drawings"]) >= 8 and min(seen["drawings"]) > 100
+    assert len(seen["images"]) == 3 and min(seen["images"]) > 0
+    assert len(seen["drawings"]) == 1 + 3 + 2 and min(seen["drawings"]) > 100
     assert seen["fetched"] == [] and console == [] and not seen["wide"]
 
 
