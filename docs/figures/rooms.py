@@ -14,7 +14,7 @@ FLOORS = (  # highest first: title, colour, rooms, what it hands to the floor ab
     ("ground floor", "#f8e5d0", ("core",), "plans, dispatches, costs, ledger"),
     ("kernels", "#f6d9d5", ("dyncomp_kernels",), "arrays"),
 )  # fmt: skip
-WIDTH, LEFT, RIGHT, HEIGHT, GAP = 1090, 170, 250, 64, 22
+WIDTH, LEFT, RIGHT, HEIGHT, GAP = 1100, 170, 262, 64, 22
 
 
 def rooms(text: str) -> dict[str, str]:
