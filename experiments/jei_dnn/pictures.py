@@ -90,14 +90,15 @@ def places(seen: list[dict[str, Any]], path: Path) -> None:
     left.bar(names, shares.mean(axis=0), color="C0", alpha=0.6)
     for row in shares:
         left.plot(names, row, ".", color="0.25", ms=4)
-    left.set(ylabel="share of test images", title="where images leave")
+    left.set(xlabel="exit", ylabel="share of test images", title="where images leave")
     each = tables.mean(axis=0)
     each = each / np.maximum(each.sum(axis=0), 1)
     right.imshow(each, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(each):
         shade = "white" if share > 0.6 else "black"
         right.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7, color=shade)
-    right.set(yticks=range(len(names)), yticklabels=names, title="where each class leaves")
+    right.set(yticks=range(len(names)), yticklabels=names, ylabel="exit")
+    right.set(title="where each class leaves")
     right.set_xticks(range(len(GARMENTS)), GARMENTS, rotation=35, ha="right")
     _save(figure, path)
 
