@@ -37,7 +37,7 @@ def test_cheap_commands_run(document, shell):
     assert len(cheap) == 4
     printed = shell("\n".join(cheap))
     assert "harder_tasks_more_experts" in printed  # list
-    assert "final_eval_batches = 40" in printed  # config show
+    assert "training.Suite.runs = {" in printed and "Overridden" in printed  # config show
     assert "quickstart: ok" in printed  # config check
     assert "ledger" in printed  # bench list
 
