@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dyncomp.core.typing import Array, Float
+from dyncomp.core.typing import Array, Bool, Float
 
 Floats = Float[Array | np.ndarray, "..."]
+Bools = Bool[Array | np.ndarray, "..."]
 
 
 @struct.dataclass
@@ -17,8 +18,8 @@ class Mean:
     count: Floats | float
 
     @classmethod
-    def of(cls, values: Floats, weights: Floats | None = None) -> "Mean":
-        """Weighted sum over all elements of ``values`` (float32)."""
+    def of(cls, values: Floats | Bools, weights: Floats | None = None) -> "Mean":
+        """Weighted sum over all elements of ``values`` (float32; True counts 1)."""
         values = jnp.asarray(values).astype(jnp.float32)
         weights = jnp.ones_like(values) if weights is None else weights.astype(jnp.float32)
         return cls(jnp.sum(values * weights), jnp.sum(jnp.broadcast_to(weights, values.shape)))

@@ -1,6 +1,7 @@
 """Exits: heads, gates, rules, objectives and calibration for networks that may end early."""
 
 from dyncomp.exits.bank import ExitBank
+from dyncomp.exits.controllers import HeadWarmUp, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
 from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective
@@ -12,9 +13,11 @@ __all__ = [
     "ExitGates",
     "ExitHeads",
     "GateRule",
+    "HeadWarmUp",
     "JointExitObjective",
     "MultiExitObjective",
     "PatienceRule",
+    "PositiveWeights",
     "decide",
     "gate_features",
 ]

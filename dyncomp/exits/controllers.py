@@ -1,6 +1,11 @@
-"""What happens to exits between training steps: positive weights from validation, per-head early stopping."""
+"""What happens to exits between training steps: positive weights from validation, per-head early stopping.
+
+Both controllers (`dyncomp.training.controller.Controller`) look at the validation split through the compiled model;
+what they remember is in the train state.
+"""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,6 +14,10 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Float, Int
+from dyncomp.exits.objectives import JointExitObjective
+from dyncomp.exits.oracle import cross_entropy
+
+Forward = Callable[[Any], tuple[Any, Any]]
 
 
 def positive_weights(
@@ -25,22 +34,26 @@ class HeadPatience:
 
     Attributes:
       patience: validations without improvement before a head is frozen.
-      best_loss: [y], lowest validation loss of each head.
-      waited: [y], validations since then.
-      best: parameters of all heads as of each head's best validation (leaves [y ...]).
+      best_loss: float32 [y], lowest validation loss of each head.
+      waited: int32 [y], validations since then.
+      best: parameters of all heads as of each head's best validation (leaves [y ...]); None before the first.
     """
 
     exits: int
     patience: int = 2
+    best_loss: Any = None
+    waited: Any = None
+    best: Any = None
 
     def __post_init__(self):
         if self.exits < 1 or self.patience < 1:
             raise DyncompError(
                 f"HeadPatience: exits={self.exits}, patience={self.patience}; use >= 1"
             )
-        self.best_loss = np.full(self.exits, np.inf)
-        self.waited = np.zeros(self.exits, int)
-        self.best: Any = None
+        if self.best_loss is None:
+            self.best_loss = np.full(self.exits, np.inf, np.float32)
+            self.waited = np.zeros(self.exits, np.int32)
+        self.best_loss, self.waited = np.asarray(self.best_loss), np.asarray(self.waited)
 
     @property
     def frozen(self) -> np.ndarray:
@@ -49,8 +62,8 @@ class HeadPatience:
 
     def update(self, losses: Float[np.ndarray, "y"], heads: Any) -> Any:
         """One validation: the heads (leaves [y ...]) with every frozen one back at its best weights, for good."""
-        better = (np.asarray(losses) < self.best_loss) & ~self.frozen
-        live = ~self.frozen
+        losses, live = losses.astype(np.float32), ~self.frozen
+        better = (losses < self.best_loss) & live
         self.best_loss = np.where(better, losses, self.best_loss)
         self.waited = np.where(live, np.where(better, 0, self.waited + 1), self.waited)
         if self.best is None:
@@ -66,3 +79,99 @@ class HeadPatience:
 def _pick(chosen: np.ndarray, new: Any, old: Any) -> Any:
     """Rows of ``new`` where ``chosen`` [y], else of ``old``."""
     return jnp.where(chosen.reshape(-1, *([1] * (new.ndim - 1))), new, old)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadWarmUp:
+    """Controller of the stage that trains heads alone: `HeadPatience` on the validation cross-entropy of each.
+
+    The model's parameters have the heads at ``bank/heads``. A stage cannot end early: once all heads are frozen,
+    every call puts them back.
+
+    Attributes:
+      until: global step of the last call; there every head goes back to its best.
+      patience: see `HeadPatience`.
+      batch_size: examples of the validation split at once.
+    """
+
+    until: int
+    patience: int = 2
+    batch_size: int = 500
+
+    def __post_init__(self):
+        if self.until < 1 or self.batch_size < 1:
+            raise DyncompError(
+                f"HeadWarmUp: until={self.until}, batch_size={self.batch_size}; use >= 1"
+            )
+
+    def init(self, state: Any) -> dict[str, Any]:
+        """Nothing seen yet: ``best_loss`` [y], ``waited`` [y] and ``best`` (the heads as they are)."""
+        heads = state.params["bank"]["heads"]
+        exits = jax.tree.leaves(heads)[0].shape[0]
+        start = HeadPatience(exits, self.patience)
+        return {
+            "best_loss": jnp.asarray(start.best_loss),
+            "waited": jnp.asarray(start.waited),
+            "best": jax.tree.map(jnp.copy, heads),
+        }
+
+    def __call__(self, state: Any, forward: Forward, task: Any, step: int) -> Any:
+        """The state with frozen heads at their best weights."""
+        memory, bank = state.controller, state.params["bank"]
+        losses = np.concatenate(
+            [
+                np.asarray(cross_entropy(output["logits"][:-1], batch["targets"]))[:, real]
+                for output, batch, real in _validation(forward, task, self.batch_size)
+            ],
+            axis=1,
+        )
+        tracked = HeadPatience(len(losses), self.patience, **memory)
+        heads = tracked.update(losses.mean(axis=1), bank["heads"])
+        if step >= self.until:
+            heads = tracked.restore()
+        kept = {name: getattr(tracked, name) for name in memory}
+        params = {**state.params, "bank": {**bank, "heads": heads}}
+        return state.replace(params=params, controller=kept)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PositiveWeights:
+    """Controller of the joint stage: renews the control ``pos_weight`` from where t* falls on validation data.
+
+    Attributes:
+      objective: says what t* is.
+      limit: see `positive_weights`.
+      batch_size: examples of the validation split at once.
+    """
+
+    objective: JointExitObjective
+    limit: float = 5.0
+    batch_size: int = 500
+
+    def init(self, state: Any) -> None:
+        """It remembers nothing."""
+
+    def __call__(self, state: Any, forward: Forward, task: Any, step: int) -> Any:
+        """The state with new positive weights."""
+        best = np.concatenate(
+            [
+                np.asarray(self.objective.best(output, batch))[real]
+                for output, batch, real in _validation(forward, task, self.batch_size)
+            ]
+        )
+        exits = state.controls["pos_weight"].shape[0]
+        weights = jnp.asarray(positive_weights(best, exits, limit=self.limit))
+        return state.replace(controls={**state.controls, "pos_weight": weights})
+
+
+def _validation(forward: Forward, task: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
+    """(output, batch, which rows are real [b] bool) over the validation split, in batches of one size."""
+    source = task.source("validation")
+    total = len(source)
+    for start in range(0, total, size):
+        rows = np.arange(start, start + size)
+        real = rows < total
+        batch = source.batch(np.minimum(rows, total - 1))
+        batch = {**batch, "mask": batch["mask"] * real.astype(np.float32)}
+        output, _ = forward(batch)
+        yield output, {**batch, "targets": jnp.asarray(batch["targets"])}, real

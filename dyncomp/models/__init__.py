@@ -2,6 +2,7 @@
 
 from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
+from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.layout import apply, is_stacked, stack, unstack
 from dyncomp.models.norm import Norm
@@ -10,6 +11,7 @@ from dyncomp.models.vit import VisionTransformer
 __all__ = [
     "Block",
     "DecoderLM",
+    "ExitingClassifier",
     "Group",
     "GroupStack",
     "Norm",

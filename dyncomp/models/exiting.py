@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dyncomp.core.aux import Aux, Count
@@ -21,7 +22,7 @@ class ExitingClassifier(nn.Module):
     """Classifier with an exit after every block but the last (the sandwich of JEI-DNN, arXiv 2310.09163).
 
     An exit head reads LN_final(h_l), pooled: the backbone's own final norm, shared. Parameters: ``net``, ``bank``.
-    Controls: ``thresholds`` [y] of the rule, ``pos_weight`` [y] of the gates' loss, ``costs`` [x].
+    Controls: ``thresholds`` [y] of the rule, ``pos_weight`` [y] of the gates' loss.
 
     Attributes:
       backbone: factory of a network with ``features``, ``embed``, ``run_block``, ``pooled``, ``classify``, ``head``,
@@ -67,18 +68,18 @@ class ExitingClassifier(nn.Module):
         """x: blocks, and exits with the final classifier."""
         return self._template.depth
 
-    def _controls(self, shape: tuple[int, ...]) -> dict[str, Array]:
-        exits = self.depth - 1
-        start = {
-            "thresholds": lambda: jnp.full((exits,), self.rule.initial(), jnp.float32),
-            "pos_weight": lambda: jnp.ones((exits,), jnp.float32),
-            "costs": lambda: jnp.asarray(self.cumulative_costs(shape), jnp.float32),
+    def _controls(self) -> dict[str, Array]:
+        start = {"thresholds": self.rule.initial(), "pos_weight": 1.0}
+        make = lambda value: jnp.full((self.depth - 1,), value, jnp.float32)
+        return {
+            name: self.variable("controls", name, make, value).value
+            for name, value in start.items()
         }
-        return {name: self.variable("controls", name, init).value for name, init in start.items()}
 
+    @nn.compact  # the only method with controls: segments get their threshold as an argument
     def __call__(
         self,
-        images: Float[Array, "b h w c"],
+        images: Float[Array | np.ndarray, "b h w c"],
         mask: Array | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
@@ -87,13 +88,14 @@ class ExitingClassifier(nn.Module):
 
         Returns:
           ``logits`` [x b c], the final classifier's last; ``gates`` [y b] logits; ``exit`` [b] int32; ``emitted``
-          [b c], the logits each example leaves with; ``costs`` [x] and ``pos_weight`` [y] for objectives.
+          [b c], the logits each example leaves with, and ``final`` [b c], those of the final classifier (tasks take
+          either); ``costs`` [x] and ``pos_weight`` [y] for objectives.
           Events per example [b]: needed where the example gets that far, executed everywhere.
         """
         features, inner = self.net.features(images, mask, train)
         early, gates = self.bank(features[:-1])
         logits = jnp.concatenate([early, self.net.head(features[-1])[None]])
-        controls = self._controls(images.shape)
+        controls = self._controls()
         plan = decide(self.rule, early, gates, controls["thresholds"])
         emitted = jnp.take_along_axis(logits, plan.exit[None, :, None], axis=0)[0]
         output = {
@@ -101,7 +103,9 @@ class ExitingClassifier(nn.Module):
             "gates": gates,
             "exit": plan.exit,
             "emitted": emitted,
-            **controls,
+            "final": logits[-1],
+            "costs": jnp.asarray(self.cumulative_costs(images.shape), jnp.float32),
+            "pos_weight": controls["pos_weight"],
         }
         plans = {"exit": plan} if "plan" in capture else {}
         return output, Aux(inner.losses, self._events(plan.exit, mask), plans)
@@ -116,7 +120,7 @@ class ExitingClassifier(nn.Module):
 
         return {f"segment_{index}": reached(index) for index in range(self.depth)}
 
-    def begin(self, images: Float[Array, "b h w c"]) -> dict[str, Any]:
+    def begin(self, images: Float[Array | np.ndarray, "b h w c"]) -> dict[str, Any]:
         """What is carried from segment to segment: tokens ``x`` and the rule's ``state``."""
         return {"x": self.net.embed(images), "state": self.rule.start(images.shape[0])}
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dyncomp.core.aux import Aux, count, nest
@@ -29,7 +30,7 @@ class PatchEmbed(nn.Module):
     dtypes: DTypes = DTypes()
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w _"]) -> Float[Array, "b t d"]:
+    def __call__(self, images: Float[Array | np.ndarray, "b h w _"]) -> Float[Array, "b t d"]:
         """Tokens in row-major patch order, the class token first."""
         rows = patches(images, self.patch).astype(self.dtypes.compute)
         b, t, width = rows.shape
@@ -109,7 +110,7 @@ class VisionTransformer(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "b h w _"],
+        images: Float[Array | np.ndarray, "b h w _"],
         mask: Array | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
@@ -125,7 +126,10 @@ class VisionTransformer(nn.Module):
         return self.classify(x), aux
 
     def features(
-        self, images: Float[Array, "b h w _"], mask: Array | None = None, train: bool = False
+        self,
+        images: Float[Array | np.ndarray, "b h w _"],
+        mask: Array | None = None,
+        train: bool = False,
     ) -> tuple[Float[Array, "l b d"], Aux]:
         """Pooled, final-normed features after every block, in the order of execution (what exits look at)."""
         _, aux = self._run(images, mask, train, ("hidden",))
@@ -151,7 +155,7 @@ class VisionTransformer(nn.Module):
         parts["head"] = Aux(events={"images": seen})
         return x, nest(**parts)
 
-    def embed(self, images: Float[Array, "b h w _"]) -> Float[Array, "b t d"]:
+    def embed(self, images: Float[Array | np.ndarray, "b h w _"]) -> Float[Array, "b t d"]:
         """Patches to tokens: the first segment."""
         return self.patches(images)
 
@@ -198,7 +202,7 @@ class VisionTransformer(nn.Module):
         return {"embed": {"images": embed}, **groups, "head": {"images": head}}
 
 
-def patches(images: Float[Array, "b h w _"], patch: int) -> Float[Array, "b t m"]:
+def patches(images: Float[Array | np.ndarray, "b h w _"], patch: int) -> Float[Array, "b t m"]:
     """Non-overlapping patches in row-major order, each flattened to m = patch * patch * c values.
 
     Raises:
@@ -207,5 +211,5 @@ def patches(images: Float[Array, "b h w _"], patch: int) -> Float[Array, "b t m"
     b, h, w, c = images.shape
     if h % patch or w % patch:
         raise DyncompError(f"patch={patch} does not divide an image of {h}x{w}; choose a divisor")
-    grid = images.reshape(b, h // patch, patch, w // patch, patch, c)
+    grid = jnp.asarray(images).reshape(b, h // patch, patch, w // patch, patch, c)
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)

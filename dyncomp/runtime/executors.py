@@ -41,7 +41,8 @@ class Executed:
 def _finish(net: Segmented, outputs, exits, scores, executed) -> Executed:
     needed = np.asarray([(exits >= index).sum() for index in range(len(net.segments))])
     ledger = Ledger({f"segment_{i}": segment.cost for i, segment in enumerate(net.segments)})
-    counts = {f"segment_{i}": Count(needed[i], executed[i]) for i in range(len(needed))}  # type: ignore[arg-type]
+    pairs = zip(needed[:, None], executed[:, None], strict=True)
+    counts = {f"segment_{i}": Count(*pair) for i, pair in enumerate(pairs)}
     plan = ExitPlan(jnp.asarray(exits, jnp.int32), jnp.asarray(scores))
     return Executed(outputs, plan, needed, executed, ledger.record(counts))
 

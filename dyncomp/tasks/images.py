@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from dyncomp.core.errors import DyncompError
@@ -54,7 +55,7 @@ class ImageTask(Task):
         return {"images": ((inputs - low) / (high - low or 1.0)).astype(np.float32)}
 
     def metrics(self, output: Any, batch: Mapping[str, Any]) -> dict[str, Mean]:
-        """Accuracy and negative log-likelihood of logits [b c]."""
+        """See `classification_metrics`."""
         return classification_metrics(output, batch)
 
 
@@ -174,6 +175,17 @@ class HubImages(ImageTask):
     data_files: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     size: int = 0
     color: bool = True
+
+    def spec(self) -> dict[str, Any]:
+        """See `Task.spec`; with ``size`` the data are not looked at."""
+        if not self.size:
+            return super().spec()
+        shape = (self.size, self.size, 3 if self.color else 1)
+        return {
+            "inputs": jax.ShapeDtypeStruct(shape, np.float32),
+            "targets": jax.ShapeDtypeStruct((), np.int32),
+            "mask": jax.ShapeDtypeStruct((), np.float32),
+        }
 
     def arrays(self) -> Mapping[str, Arrays]:
         """All four splits, in memory."""

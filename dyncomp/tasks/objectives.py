@@ -15,6 +15,7 @@ from dyncomp.core.metrics import Mean
 from dyncomp.core.typing import Array, Float, Int
 
 Reduce = Literal["mean", "sum"]
+Answer = Literal["emitted", "final"]
 
 
 def check_reduce(reduce: str) -> None:
@@ -82,29 +83,47 @@ class LMObjective:
         return loss, {"nll": nll, **metrics}
 
 
+def answer_of(
+    output: Float[Array, "b c"] | Mapping[str, Any], which: Answer = "emitted"
+) -> Float[Array, "b c"]:
+    """The logits to judge: ``output`` itself, or entry ``which`` of a model that may leave early.
+
+    ``emitted`` are the logits each example leaves with, ``final`` those after the last layer.
+    """
+    return output[which] if isinstance(output, Mapping) else output
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassificationObjective:
     """Mean cross-entropy over examples plus auxiliary losses.
 
     Attributes:
       label_smoothing: mass spread evenly over classes, in [0, 1).
+      answer: which logits are trained where a model gives several, see `answer_of`.
       aux_weights, aux_reduce: as in `LMObjective`.
     """
 
     label_smoothing: float = 0.0
     aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     aux_reduce: Reduce = "mean"
+    answer: Answer = "emitted"
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise DyncompError(f"label_smoothing={self.label_smoothing}: use [0, 1)")
+        if self.answer not in ("emitted", "final"):
+            raise DyncompError(f"answer={self.answer!r}: use 'emitted' or 'final'")
         check_reduce(self.aux_reduce)
 
     def __call__(
-        self, output: Float[Array, "b c"], aux: Aux, batch: Mapping[str, Any], step: Any
+        self,
+        output: Float[Array, "b c"] | Mapping[str, Any],
+        aux: Aux,
+        batch: Mapping[str, Any],
+        step: Any,
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
-        """Loss and the metrics nll, accuracy and every auxiliary loss."""
-        logits = output.astype(jnp.float32)
+        """Loss and the metrics of `classification_metrics` and every auxiliary loss."""
+        logits = answer_of(output, self.answer).astype(jnp.float32)
         nll = token_nll(logits, batch["targets"])
         uniform = -jnp.mean(jax.nn.log_softmax(logits, axis=-1), axis=-1)
         smooth = (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
@@ -115,11 +134,18 @@ class ClassificationObjective:
 
 
 def classification_metrics(
-    output: Float[Array, "b c"], batch: Mapping[str, Any]
+    output: Float[Array, "b c"] | Mapping[str, Any], batch: Mapping[str, Any]
 ) -> dict[str, Mean]:
-    """Accuracy and negative log-likelihood (nats) over real examples."""
-    right = (jnp.argmax(output, axis=-1) == batch["targets"]).astype(jnp.float32)
-    return {
-        "accuracy": Mean.of(right, batch["mask"]),
-        "nll": Mean.of(token_nll(output, batch["targets"]), batch["mask"]),
+    """Accuracy and negative log-likelihood (nats) over real examples, of the answer each leaves with.
+
+    A model that may leave early also gets ``accuracy_final``, of its last layer on all examples.
+    """
+    right = lambda logits: Mean.of(jnp.argmax(logits, axis=-1) == batch["targets"], batch["mask"])
+    logits = answer_of(output)
+    found = {
+        "accuracy": right(logits),
+        "nll": Mean.of(token_nll(logits, batch["targets"]), batch["mask"]),
     }
+    if isinstance(output, Mapping):
+        found["accuracy_final"] = right(answer_of(output, "final"))
+    return found

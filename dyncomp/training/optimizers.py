@@ -6,7 +6,9 @@ from collections.abc import Hashable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 import optax
+from jax import lax
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.training.state import paths
@@ -105,6 +107,8 @@ class SGD:
 class Alternating:
     """Groups of parameters take turns of ``period`` steps; a group that waits keeps its moments and its weights.
 
+    Learning-rate schedules are as long as the group's own turns. Parameters of no group do not move.
+
     Attributes:
       groups: regular expression of parameter paths -> optimizer, in order of their turns; the first match counts.
       period: steps a turn.
@@ -118,19 +122,24 @@ class Alternating:
     def build(self, steps: int) -> optax.GradientTransformation:
         """The transformation for a stage of ``steps``."""
         names = list(self.groups)
+        owner = self._owner(np.arange(steps))
 
         def turn_of(index: int):
-            def mine(step: Any, **_: Any) -> Any:
-                place = step % self.cycle if self.cycle else step
-                return (place // self.period) % len(names) == index
+            return lambda step, **_: self._owner(step) == index
 
-            return mine
-
+        # A schedule counts the steps of its own group only, so it must be as long as they are.
         inner = {
-            name: optax.conditionally_mask(optimizer.build(steps), turn_of(index))
+            name: optax.conditionally_mask(
+                optimizer.build(max(int((owner == index).sum()), 1)), turn_of(index)
+            )
             for index, (name, optimizer) in enumerate(self.groups.items())
         }
         return optax.partition({**inner, "": optax.set_to_zero()}, lambda p: label(p, names))
+
+    def _owner(self, step: Any) -> Any:
+        """Index of the group whose turn a step is."""
+        place = step % self.cycle if self.cycle else step
+        return (place // self.period) % len(self.groups)
 
 
 def label(params: Any, patterns: list[str]) -> Any:
@@ -142,6 +151,15 @@ def label(params: Any, patterns: list[str]) -> Any:
                 f"no parameter path matches {pattern!r}; paths look like {', '.join(paths(params)[:3])}"
             )
     return jax.tree.unflatten(jax.tree.structure(params), names)
+
+
+def hold(params: Any, trainable: str) -> Any:
+    """The same parameters, constant to differentiation where the path does not match ``trainable``.
+
+    Nothing is propagated back through a part of the network that has no moving parameter.
+    """
+    moving = label(params, [trainable])
+    return jax.tree.map(lambda x, name: x if name else lax.stop_gradient(x), params, moving)
 
 
 def freeze(tx: optax.GradientTransformation, trainable: str) -> optax.GradientTransformation:

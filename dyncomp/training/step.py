@@ -11,6 +11,7 @@ from dyncomp.core import rng
 from dyncomp.core.aux import Aux
 from dyncomp.models.layout import apply
 from dyncomp.tasks.base import Objective
+from dyncomp.training.optimizers import hold
 from dyncomp.training.run import Run, Stage
 from dyncomp.training.state import TrainState
 
@@ -27,7 +28,7 @@ def train_step(run: Run, stage: Stage, tx: optax.GradientTransformation) -> Step
 
     def step(state: TrainState, batch: Mapping[str, Any], seed: Any):
         keys = rng.streams(seed, state.step)
-        grads, out = _gradients(run, objective, state, batch, keys)
+        grads, out = _gradients(run, stage, objective, state, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, run.ema)
@@ -44,9 +45,11 @@ def _average(ema: Any, params: Any, decay: float | None) -> Any:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
-def _gradients(run: Run, objective: Objective, state: TrainState, batch: Any, keys: Any):
+def _gradients(
+    run: Run, stage: Stage, objective: Objective, state: TrainState, batch: Any, keys: Any
+):
     def loss_fn(params: Any, batch: Any, keys: Any):
-        variables = {"params": params, "controls": state.controls}
+        variables = {"params": hold(params, stage.trainable), "controls": state.controls}
         output, aux = apply(run.model, variables, batch["inputs"], train=True, rngs=keys)
         loss, metrics = objective(output, aux, batch, state.step)
         return loss, {"loss": loss, "metrics": metrics, "events": aux.events}
