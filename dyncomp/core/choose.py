@@ -29,10 +29,11 @@ def top_k(scores: Float[Array, "n e"], k: int, *, renormalize: bool = False) -> 
       ValueError: k is out of range.
     """
     check_slots(k, scores.shape[-1])
-    weights, experts = lax.top_k(scores, k)
+    experts = _highest(scores, k)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
     if renormalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return RoutePlan(experts.astype(jnp.int32), weights, jnp.ones(weights.shape, bool))
+    return RoutePlan(experts, weights, jnp.ones(weights.shape, bool))
 
 
 def top_p(
@@ -89,10 +90,10 @@ def gumbel_top_k(
     """
     check_slots(k, logits.shape[-1])
     noisy = logits + jax.random.gumbel(key, logits.shape)
-    _, experts = lax.top_k(noisy, k)
+    experts = _highest(noisy, k)
     soft = jax.nn.softmax(noisy / temperature, axis=-1)
     weights = jnp.take_along_axis(soft, experts, axis=-1)
-    return RoutePlan(experts.astype(jnp.int32), weights, jnp.ones(weights.shape, bool))
+    return RoutePlan(experts, weights, jnp.ones(weights.shape, bool))
 
 
 def straight_through(hard: Float[Array, "*n"], soft: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -103,8 +104,7 @@ def straight_through(hard: Float[Array, "*n"], soft: Float[Array, "*n"]) -> Floa
 def keep_top(scores: Float[Array, "n"], k: int) -> KeepPlan:
     """The k rows with the highest scores, in row order; k is static, so the saving is too."""
     check_slots(k, scores.shape[0])
-    _, index = lax.top_k(scores, k)
-    index = jnp.sort(index).astype(jnp.int32)
+    index = jnp.sort(_highest(scores, k))
     return KeepPlan(index, jnp.ones((k,), bool), scores[index])
 
 
@@ -126,6 +126,12 @@ def first_exit(leave: Bool[Array, "b y"], scores: Float[Array, "b y"]) -> ExitPl
     exit_index = jnp.argmax(jnp.concatenate([leave, never], axis=1), axis=1).astype(jnp.int32)
     final = jnp.full((leave.shape[0], 1), jnp.nan, scores.dtype)
     return ExitPlan(exit_index, jnp.concatenate([scores, final], axis=1))
+
+
+def _highest(scores: Float[Array, "*n e"], k: int) -> Int[Array, "*n k"]:
+    """Where the k highest scores of each row are, best first. Alone, `lax.top_k` ranks -0.0 below 0.0."""
+    _, index = lax.top_k(jnp.where(scores == 0, jnp.zeros_like(scores), scores), k)
+    return index.astype(jnp.int32)
 
 
 def check_slots(k: int, alternatives: int) -> None:

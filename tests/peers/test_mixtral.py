@@ -1,4 +1,4 @@
-"""experts.MoE with routers.TopK against the Mixtral block of transformers; the balance loss against two published ones."""
+"""experts.MoE with routers.TopK against the Mixtral block of transformers; the balance loss against two others."""
 
 import functools
 from types import SimpleNamespace
