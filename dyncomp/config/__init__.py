@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dyncomp.config import build as _build
-from dyncomp.config import rules, source, text
+from dyncomp.config import rules, source, text, trial
 from dyncomp.config.catalog import find, header, shipped, slugs
 from dyncomp.config.errors import ConfigError, Problem
 from dyncomp.config.program import Program, link
@@ -47,6 +47,9 @@ def check(
 ) -> list[Problem]:
     """Every problem of a config; an empty list when it is sound.
 
+    What passes the rules is built and, where it is a `Run` or `Suite`, tried out with abstract shapes: no data are
+    needed, nothing is computed.
+
     Args:
       name_or_text: a shipped name, a path, or the config itself (more than one line, or with ``=``).
       overrides: ``NAME=VALUE`` bindings that win over the config's.
@@ -56,7 +59,9 @@ def check(
       DyncompError: no config of that name.
     """
     top = _read(name_or_text, overrides)
-    return rules.problems(top, root or _root(link(top)))
+    program = link(top)
+    root = root or _root(program)
+    return rules.problems(top, root) or trial.problems(program, root)
 
 
 def load(name_or_text: str | Path, overrides: Sequence[str] = (), root: Root = None) -> Any:

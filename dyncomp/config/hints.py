@@ -117,12 +117,17 @@ def container(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def elements(inner: tuple[Any, ...], count: int) -> list[Any]:
-    """One annotation per element of a sequence: ``tuple[int, ...]`` repeats, ``tuple[int, str]`` does not."""
+    """One annotation per element of a sequence of fitting `arity`: ``tuple[int, ...]`` repeats."""
     if not inner:
         return [Any] * count
     if len(inner) == 1 or inner[1] is Ellipsis:
         return [inner[0]] * count
-    return [inner[n] if n < len(inner) else Any for n in range(count)]
+    return list(inner)
+
+
+def arity(kind: Any, inner: tuple[Any, ...]) -> int | None:
+    """How many elements a container must have: ``tuple[int, str]`` takes two, ``tuple[int, ...]`` any number."""
+    return len(inner) if kind is tuple and inner and Ellipsis not in inner else None
 
 
 def describe(hint: Any) -> str:

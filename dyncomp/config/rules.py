@@ -159,6 +159,10 @@ def _mismatch_container(program: Program, value: Any, hint: Any) -> tuple[str, s
             f"a {type(value).__name__} is no {hints.describe(hint)}",
             f"write {hints.describe(hint)}",
         )
+    wanted = hints.arity(kind, inner)
+    if wanted not in (None, len(value)):
+        message = f"{len(value)} elements are no {hints.describe(hint)}"
+        return message, f"write {wanted} elements"
     if isinstance(value, Mapping):
         keys, values = inner if len(inner) == 2 else (Any, Any)
         pairs = [(k, keys) for k in value] + [(v, values) for v in value.values()]
@@ -183,7 +187,24 @@ def _reach(program: Program, root: Any) -> Iterator[Problem]:
                 name = binding.macro or f"{binding.selector}.{binding.argument}"
                 fix = f"remove it, or refer to it from {name_of(root)}"
                 yield _at(binding, f"{name} is bound but nothing uses it", fix)
+    yield from _scopes(program, reached, visits)
     yield from _missing(program, root, visits)
+
+
+def _scopes(
+    program: Program, reached: Mapping[Any, Binding], visits: list[tuple[Any, str]]
+) -> Iterator[Problem]:
+    """References into a scope in which nothing is bound: most likely a misspelt one."""
+    known = sorted({scope for scope, _, _ in reached})
+    for target, scope in visits:
+        for _, binding in program.bound(target, scope).values():
+            for ref in program.flat(binding.value):
+                if ref.scope and ref.scope not in known:
+                    close = difflib.get_close_matches(ref.scope, known, n=1)
+                    fix = (
+                        f"did you mean {close[0]}?" if close else "bind something, or leave it out"
+                    )
+                    yield _at(binding, f"{ref}: nothing is bound in scope {ref.scope!r}", fix)
 
 
 def _missing(program: Program, root: Any, visits: list[tuple[Any, str]]) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from dyncomp.config.errors import Problem
 
 COMMAND_LINE = "command line"
 TEXT = "text"
+GIN = "__gin__.dynamic_registration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,21 @@ class Macro:
 
     def __str__(self) -> str:
         return f"%{self.name}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Key:
+    """The key of a dict as parsed: unlike any other, so that gin's parser does not drop one that stands twice."""
+
+    value: Any
+
+
+class _Parser(config_parser.ConfigParser):
+    """gin's parser, which keeps every pair of a dict."""
+
+    def _parse_dict_item(self) -> tuple[_Key, Any]:
+        key, value = super()._parse_dict_item()
+        return _Key(key), value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Source:
       bindings: in order.
       includes: line and file of each include.
       problems: what stopped the parser.
+      registers: whether it says ``from __gin__ import dynamic_registration``, as gin wants it.
     """
 
     name: str
@@ -85,6 +102,7 @@ class Source:
     blocks: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     includes: list[tuple[int, "Source"]] = dataclasses.field(default_factory=list)
     problems: list[Problem] = dataclasses.field(default_factory=list)
+    registers: bool = False
 
     def problem(self, line: int, message: str, fix: str) -> None:
         """Notes a problem of this file."""
@@ -170,6 +188,20 @@ def references(value: Any) -> Iterator[Ref | Macro]:
             yield from references(item)
 
 
+def _dicts(value: Any, source: Source, line: int) -> Any:
+    """A parsed value with plain keys; a key that stands twice is a problem of the source."""
+    if isinstance(value, list | tuple):
+        return type(value)(_dicts(item, source, line) for item in value)
+    if not isinstance(value, dict):
+        return value
+    found: dict[Any, Any] = {}
+    for key, item in value.items():
+        if key.value in found:
+            source.problem(line, f"key {key.value!r} stands twice", "remove one of the two")
+        found[key.value] = _dicts(item, source, line)
+    return found
+
+
 def _rebase(value: Any, source: Source) -> Any:
     if isinstance(value, Ref):
         return dataclasses.replace(value, source=source)
@@ -204,7 +236,7 @@ class _Reader:
     def _parse(self, source: Source, text: str, folder: Path) -> None:
         line = 1
         try:
-            for statement in config_parser.ConfigParser(text, _Delegate(source)):
+            for statement in _Parser(text, _Delegate(source)):
                 line = statement.location.line_num
                 self._statement(source, statement, line, folder)
         except SyntaxError as error:
@@ -220,14 +252,28 @@ class _Reader:
     def _statement(self, source: Source, statement: Any, line: int, folder: Path) -> None:
         match statement:
             case config_parser.BindingStatement(scope, selector, argument, value):
+                value = _dicts(value, source, line)
                 source.bindings.append(Binding(scope, selector, argument, value, source, line))
             case config_parser.BlockDeclaration():
                 source.blocks.append((statement.selector, line))
             case config_parser.ImportStatement():
-                if not statement.module.startswith("__gin__."):
-                    source.imports[statement.bound_name()] = statement
+                self._import(source, statement, line)
             case config_parser.IncludeStatement(filename):
                 self._include(source, filename, line, folder)
+
+    def _import(self, source: Source, statement: Any, line: int) -> None:
+        name = statement.bound_name()
+        if statement.module.startswith("__gin__."):
+            if statement.module != GIN:
+                message = f"gin has no feature {name!r}"
+                source.problem(line, message, f"write from __gin__ import {GIN.split('.')[1]}")
+            elif source.registers:
+                source.problem(line, f"{name!r} is imported twice", "remove one import")
+            source.registers = True
+        elif name in source.imports:
+            source.problem(line, f"{name!r} is imported twice", "remove one import")
+        else:
+            source.imports[name] = statement
 
     def _include(self, source: Source, filename: str, line: int, folder: Path) -> None:
         for base in (folder, shipped()):
@@ -236,6 +282,9 @@ class _Reader:
                 source.problem(line, f"{filename!r} includes itself", "remove one of the includes")
                 return
             if path.is_file():
+                if str(path) in (included.name for _, included in source.includes):
+                    source.problem(line, f"{filename!r} is included twice", "remove one include")
+                    return
                 source.includes.append((line, self.file(path)))
                 return
         fix = "paths are relative to this file or to configs/"

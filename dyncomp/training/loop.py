@@ -238,7 +238,7 @@ class Session:
             ) from None
 
     def _log(self) -> None:
-        assert self.bar
+        assert self.bar and self.timings
         values = self.window.values()
         if self.window.events:
             inputs = self.run.task.spec()["inputs"]
@@ -246,7 +246,7 @@ class Session:
             ledger = Ledger(costs).record(self.window.counts())
             values |= spent(compute(ledger, self.window.elements))
         self._write("train", values)
-        self.bar.loss(values["loss"])
+        self.bar.logged(values["loss"], self.timings.step_seconds[-1])
         self.window = Window()
 
     def _write(self, split: str, values: dict[str, float]) -> None:

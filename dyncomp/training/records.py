@@ -13,12 +13,9 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.text import Text
 
 from dyncomp.core.environment import differences, run_environment
 from dyncomp.core.errors import DyncompError
@@ -139,7 +136,6 @@ class Bar:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            _Rate(),
             TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
@@ -153,9 +149,12 @@ class Bar:
         """Moves the bar; drawing happens on a thread of its own."""
         self.progress.update(self.task, completed=step)
 
-    def loss(self, value: float) -> None:
-        """Shows the loss of the last log line."""
-        self.last = f"loss {value:.4g}"
+    def logged(self, loss: float, seconds: float) -> None:
+        """Shows the loss of a log line and the seconds a step took since the last one.
+
+        The bar itself runs ahead: a step is counted when it is started, and the loop waits only to log.
+        """
+        self.last = f"{1 / seconds:.3g} steps/s loss {loss:.4g}"
         self.progress.update(self.task, note=self.last)
 
     @contextlib.contextmanager
@@ -168,11 +167,3 @@ class Bar:
     def close(self) -> None:
         """Leaves the last state on the screen."""
         self.progress.stop()
-
-
-class _Rate(ProgressColumn):
-    """Steps a second over the last half minute; at the end, over all."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.3g} steps/s")

@@ -37,6 +37,8 @@ class Data:
     name: str = "code"
     sizes: tuple[int, ...] = (1, 2)
     shuffle: bool = True
+    pair: tuple[int, str] = (1, "a")
+    table: Mapping[str, Sequence[float | None]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.name:

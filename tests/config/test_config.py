@@ -63,6 +63,18 @@ def test_show_lists_overrides_with_both_places(files, parts):
         ("parts.Data.shuffle = 1", "1 is no bool", "write bool"),
         ("parts.Data.sizes = [1, 2]", "no tuple", "write tuple"),
         ("parts.Data.sizes = (1, 'b')", "'b' is no int", "write int"),
+        ("parts.Data.pair = (1, 'b', 2)", "3 elements are no tuple[int, str]", "write 2 elements"),
+        ("parts.Data.pair = (1,)", "1 elements are no", "write 2 elements"),
+        ("parts.Data.pair = ('b', 1)", "'b' is no int", "write int"),
+        ("parts.Data.table = {'a': [1.0, None, 'x']}", "'x' is no float or None", "write"),
+        ("parts.Data.table = {'a': [1.0, True]}", "True is no float or None", "write"),
+        ("parts.Data.table = {1: [1.0]}", "1 is no str", "write str"),
+        ("parts.Data.table = {'a': 1.0}", "1.0 is no", "write"),
+        ("parts.Data.table = {'a': [1.0], 'b': [2.0], 'a': [3.0]}", "'a' stands twice", "remove"),
+        ("parts.Root.weights = {'a': {'b': 1, 'b': 2}}", "'b' stands twice", "remove one"),
+        ("wide/parts.FFN.kind = 3", "3 is no 'silu' or 'gelu'", "write"),
+        ("wide/parts.FFN.hiden = 3", "no parameter 'hiden'", "hidden"),
+        ("parts.Root.arms = {'a': @wdie/parts.Data()}", "nothing is bound in scope 'wdie'", "wide"),
         ("parts.Root.arms = {'a': @parts.Optimizer()}", "is no Data", "refer to a Data"),
         ("parts.FFN.kind = 'relu'", "'relu' is no 'silu' or 'gelu'", "write 'silu' or 'gelu'"),
         (
@@ -83,6 +95,10 @@ def test_show_lists_overrides_with_both_places(files, parts):
         ("parts.Root.seed = = 3", "syntax error", "write"),
         ("parts.Root.seed = (3", "syntax error", "close"),
         ("parts.Root.seed = lambda: 3", "syntax error", "write"),
+        ("import config_parts as parts", "'parts' is imported twice", "remove one"),
+        ("from __gin__ import dynamic_registration", "imported twice", "remove one"),
+        ("from __gin__ import registration", "no feature 'registration'", "dynamic_registration"),
+        ("include 'base.gin'", "'base.gin' is included twice", "remove one"),
         ("include 'gone.gin'", "'gone.gin' does not exist", "relative"),
         ("include 'top.gin'", "includes itself", "remove"),
         ("import no_such_module", "can't import 'no_such_module'", "import line"),
@@ -162,6 +178,8 @@ def test_same_override_twice(files, parts):
 
 
 def test_values_refused_by_the_object_are_one_line(files, parts):
+    (problem,) = config.check(files[0], ["parts.Data.name=''"], root=parts.Root)
+    assert "Data: name='': give it a name" in problem.message and "\n" not in problem.message
     with pytest.raises(DyncompError, match="^Data: name='': give it a name$"):
         config.load(files[0], ["parts.Data.name=''"], root=parts.Root)
 
@@ -181,3 +199,21 @@ def test_circles_are_refused(files, parts):
 
 def test_header_is_read_until_the_first_statement(files):
     assert config.header(files[0]) == {"title": "A dummy run", "family": "tests"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("top_p/models.Block.ffn=@tasks.CodeLM", "top_p: the parts do not fit together"),
+        ("top_p/experts.MoE.router=@experts.SwiGLU", "top_p: the parts do not fit together"),
+        ("top_2/routers.TopK.k=9", "top_2: TopK.k=9 with num_experts=8: use 1..8"),
+        ("top_p/training.Run.sweep={'q': (0.1,)}", "top_p: no control named 'q'"),
+        ("training.Run.trainable='nothing/there'", "no parameter path matches 'nothing/there'"),
+        ("tasks.LMObjective.aux_weights={'balanc': 0.1}", "aux_weights names 'balanc'"),
+        ("training.Run.steps=0", "Run.steps=0: use 1 or more"),
+    ],
+)
+def test_parts_that_do_not_fit_together(override, message):
+    found = config.check("quickstart", [override])
+    assert any(message in p.message for p in found), found
+    assert all("\n" not in str(p) and p.line > 0 and p.fix for p in found)

@@ -21,11 +21,11 @@ def test_the_bar_names_the_run_and_shows_steps_rate_and_loss():
     with bar.doing("compiling"):
         assert "top[p]" in drawn() and "1/4" in drawn() and "compiling" in drawn()
     bar.update(3)
-    bar.loss(1.23456)
+    bar.logged(1.23456, 0.04)
     with bar.doing("evaluating"):
         assert "evaluating" in drawn() and "loss" not in drawn()
     bar.update(4)
-    assert "4/4" in drawn() and "loss 1.235" in drawn() and "steps/s" in drawn()
+    assert "4/4" in drawn() and "25 steps/s loss 1.235" in drawn()
     bar.close()
 
 
@@ -33,6 +33,6 @@ def test_a_bar_that_is_not_shown_prints_nothing():
     stream = io.StringIO()
     bar = Bar("x", 4, 0, False, Console(file=stream, force_terminal=True))
     bar.update(4)
-    bar.loss(1.0)
+    bar.logged(1.0, 1.0)
     bar.close()
     assert stream.getvalue() == ""
