@@ -1,6 +1,7 @@
 """``dyncomp run``: trains a config or resumes it, evaluates quality against compute, reports."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,28 @@ def _train(run: Any, workdir: Path, **options: Any) -> dict[str, Any]:
     from dyncomp.training.suite import Suite, train_suite
 
     chosen = run.selected() if isinstance(run, Suite) else run
+    _try_out(run.runs if chosen is None else {"": chosen}, workdir)
     if chosen is None:
         workdir.mkdir(parents=True, exist_ok=True)
         return train_suite(run, workdir, **options)
     return train(chosen, workdir, **options)
+
+
+def _try_out(runs: Mapping[str, Any], workdir: Path) -> None:
+    """Parts of a later run that do not fit together are told before the first one trains.
+
+    Raises:
+      DyncompError: naming the run.
+    """
+    from dyncomp.training.program import try_out
+
+    for name, run in runs.items():
+        if (workdir / name / "summary.json").exists():
+            continue
+        try:
+            try_out(run)
+        except DyncompError as error:
+            raise DyncompError(f"{name}: {error}" if name else str(error)) from error
 
 
 def _report(workdir: Path, summary: dict[str, Any]) -> Path:

@@ -105,7 +105,10 @@ def _overview(runs: Sequence[RunFiles]) -> str:
     rows = {run.name: figures_of(run.summary) for run in runs}
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     body = [[name, *(row.get(column) for column in columns)] for name, row in rows.items()]
-    note = "FLOPs are per token or image. Needed: what the decisions require; executed: padding and masked work too."
+    note = (
+        "Of the test split. FLOPs are per token or image. Needed: what the decisions require; executed: padding and "
+        "masked work too."
+    )
     return _section("Results", table(["run", *columns], body) if columns else "", note)
 
 
@@ -113,7 +116,10 @@ def _fronts(runs: Sequence[RunFiles]) -> str:
     headlines = dict.fromkeys(run.headline for run in runs if run.headline)
     plots = [pareto([run for run in runs if run.headline == name]) for name in headlines]
     body = "".join(f'<figure class="wide">{plot}</figure>' for plot in plots if plot)
-    note = "Each dot is one setting of the run-time controls; the line joins those that no other beats."
+    note = (
+        "Of the validation split. Each dot is one setting of the run-time controls; the line joins those that no "
+        "other beats."
+    )
     return _section("Quality against compute", body, note)
 
 

@@ -75,8 +75,13 @@ def histogram(values: Any, label: str) -> str:
 
 
 def coloured_text(pieces: Sequence[str], experts: Sequence[float]) -> str:
-    """HTML in which the background of every piece grows with its number of experts; alike neighbours share one."""
+    """HTML in which the background of every piece grows with its number of experts; alike neighbours share one.
+
+    Where all are alike there is nothing to see, and one line says so.
+    """
     shares, low, high = _shades(pieces, experts)
+    if low == high:
+        return f'<p class="note">{low:.3g} active experts for every token.</p>'
     spans: list[tuple[float, float, str]] = []
     for piece, value, share in zip(pieces, experts, shares, strict=True):
         if spans and spans[-1][1] == value:
@@ -95,8 +100,6 @@ def _shade(share: float) -> str:
 
 
 def _legend(low: float, high: float) -> str:
-    if low == high:
-        return f"Mean active experts over the layers: {low:.3g} for every token."
     steps = np.linspace(0, 1, 5)
     swatches = "".join(
         f'<span class="swatch" style="background:{_shade(s)}">{low + s * (high - low):.3g}</span>'

@@ -172,8 +172,9 @@ def save_decisions(run: Run, variables: Mapping[str, Any], path: Path) -> bool:
     """
     source = run.task.source("validation")
     batch = next(sequential(source, min(run.batch_size, len(source))))
-    _, aux = jax.device_get(jax.jit(forward(run, ("plan",)))(variables, batch))
-    arrays = dict(zip(paths(aux.plans), jax.tree.leaves(aux.plans), strict=True))
+    _, aux = jax.jit(forward(run, ("plan",)))(variables, batch)
+    leaves = jax.device_get(jax.tree.leaves(aux.plans))
+    arrays = dict(zip(paths(aux.plans), leaves, strict=True))
     if arrays:
         kinds = {name: type(plan).__name__ for name, plan in flatten(aux.plans).items()}
         shown = run.task.describe(batch["inputs"])
