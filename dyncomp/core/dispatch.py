@@ -133,8 +133,7 @@ def _take(
 ) -> Float[Array, "m d"]:
     """``x[index]`` whose gradient is a gather too: row i of x went to rows ``back[i]`` of the result where ``real``.
 
-    A gather's own gradient is a scatter-add, which XLA runs row by row on CPUs (ten times the time of the experts
-    themselves at 10,000 rows of width 96) and with atomic additions on GPUs.
+    A gather's own gradient is a scatter-add: serial on CPUs, atomic additions in no fixed order on GPUs.
     """
     del back, real
     return x[index]

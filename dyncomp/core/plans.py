@@ -53,7 +53,7 @@ class KeepPlan:
     """Which rows stay (tokens that are not skipped, pruned or routed around).
 
     Attributes:
-      index: int32 [k], rows that stay, padded by repeating row 0.
+      index: int32 [k], rows that stay; where ``keep`` is False, any row.
       keep: bool [k], whether the entry is real.
       weights: float32 [k], factor on the unit's output; gradients reach the scores through it.
     """
