@@ -8,9 +8,10 @@ import contextlib
 import contextvars
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
@@ -119,4 +120,4 @@ def param(
             f"{name}: {len(shape)} dimensions but {len(axes)} axis names {tuple(axes)}"
         )
     boxed = nn.with_logical_partitioning(draw, tuple(axes))
-    return cast(Array, module.param(name, boxed, tuple(shape)))  # Linen unboxes what it returns
+    return jnp.asarray(module.param(name, boxed, tuple(shape)))  # numpy where the caller gave numpy

@@ -82,7 +82,7 @@ class MultiExitObjective:
         if self.weights not in ("descending", "uniform"):
             raise DyncompError(f"weights={self.weights!r}: use 'descending' or 'uniform'")
 
-    def __call__(self, output: Mapping[str, Array], aux: Any, batch: Mapping[str, Array], step):
+    def __call__(self, output: Mapping[str, Array], aux: Any, batch: Mapping[str, Any], step):
         """Loss and the accuracy of every exit; the frozen final classifier gets no gradient."""
         ce = cross_entropy(output["logits"], batch["targets"])
         exits = ce.shape[0] - 1
@@ -137,33 +137,33 @@ class JointExitObjective:
         step = step % self.steps_per_epoch if self.steps_per_epoch else step
         return (step // self.period) % 2 == 0
 
-    def __call__(self, output: Mapping[str, Array], aux: Any, batch: Mapping[str, Array], step):
+    def __call__(self, output: Mapping[str, Array], aux: Any, batch: Mapping[str, Any], step):
         """The loss of the current phase."""
         gate, heads = self.gate(output, batch), self.heads(output, batch)
         loss = jnp.where(self.in_gate_phase(step), gate, heads)
         scalars = {"gate_loss": Mean.of(gate), "head_loss": Mean.of(heads)}
         return loss, {**scalars, **_accuracies(output, batch)}
 
-    def gate(self, output: Mapping[str, Array], batch: Mapping[str, Array]) -> Float[Array, ""]:
+    def gate(self, output: Mapping[str, Array], batch: Mapping[str, Any]) -> Float[Array, ""]:
         """Gate phase: weighted BCE to the cumulative targets of t*. Heads and backbone get no gradient."""
         best = self.best(output, batch)
         targets = gate_targets(best, output["gates"].shape[0])
         pos_weight = lax.stop_gradient(output["pos_weight"])
         return weighted_mean(gate_loss(output["gates"], targets, pos_weight), batch["mask"])
 
-    def heads(self, output: Mapping[str, Array], batch: Mapping[str, Array]) -> Float[Array, ""]:
+    def heads(self, output: Mapping[str, Array], batch: Mapping[str, Any]) -> Float[Array, ""]:
         """Classifier phase: reweighted cross-entropies of the heads. Gates get no gradient."""
         ce = cross_entropy(output["logits"][:-1], batch["targets"])
         mass = exit_mass(jax.nn.sigmoid(lax.stop_gradient(output["gates"])))
         return weighted_mean(head_loss(ce, mass, self.reweight), batch["mask"])
 
-    def best(self, output: Mapping[str, Array], batch: Mapping[str, Array]) -> Int[Array, "b"]:
+    def best(self, output: Mapping[str, Array], batch: Mapping[str, Any]) -> Int[Array, "b"]:
         """t* of every example, the final classifier included."""
         logits = lax.stop_gradient(output["logits"])
         loss = exit_loss(logits, batch["targets"], self.target_score)
         return best_exit(loss, output["costs"], self.lam)
 
 
-def _accuracies(output: Mapping[str, Array], batch: Mapping[str, Array]) -> dict[str, Mean]:
+def _accuracies(output: Mapping[str, Array], batch: Mapping[str, Any]) -> dict[str, Mean]:
     right = jnp.argmax(output["logits"], axis=-1) == batch["targets"][None]
     return {f"accuracy_exit_{i}": Mean.of(row, batch["mask"]) for i, row in enumerate(right)}

@@ -72,7 +72,7 @@ class ExitingClassifier(nn.Module):
         start = {"thresholds": self.rule.initial(), "pos_weight": 1.0}
         make = lambda value: jnp.full((self.depth - 1,), value, jnp.float32)
         return {
-            name: self.variable("controls", name, make, value).value
+            name: jnp.asarray(self.variable("controls", name, make, value).value)
             for name, value in start.items()
         }
 

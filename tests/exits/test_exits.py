@@ -4,8 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.exits import (
@@ -36,6 +38,14 @@ def mass_brute_force(gates):
         for y in range(gates.shape[0]):
             out[y, b] = max(0.0, min(float(gates[y, b]), 1.0 - sum(map(float, gates[:y, b]))))
     return out
+
+
+@pytest.fixture
+def unchecked():
+    """Without the run-time type checks of the tests, which would speak first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # 1
@@ -137,9 +147,7 @@ def test_gradients_match_finite_differences(problem):
             merged = {**params, group: own}
             return getattr(objective, part)(bank_output(merged, features, final, costs), batch)
 
-        jax.test_util.check_grads(
-            loss, (params[group],), order=1, modes=["rev"], eps=1e-2, rtol=2e-2
-        )
+        check_grads(loss, (params[group],), order=1, modes=["rev"], eps=1e-2, rtol=2e-2)
 
 
 # 5
@@ -168,8 +176,6 @@ def test_target_scores():
     np.testing.assert_allclose(exit_loss(logits, labels, "ce")[0, 0], -math.log(p), rtol=1e-6)
     np.testing.assert_array_equal(exit_loss(logits, labels, "error")[:, 0], [0.0, 1.0])
     np.testing.assert_allclose(exit_loss(logits, labels, "confidence")[:, 0], [-p, 0.0], rtol=1e-6)
-    with pytest.raises(DyncompError, match="'ce', 'error'"):
-        exit_loss(logits, labels, "wrong")  # type: ignore[arg-type]
 
 
 def test_gate_targets_are_cumulative_and_loss_is_bce():
@@ -287,7 +293,18 @@ def test_patience_rule_counts_agreements():
     np.testing.assert_array_equal(plan.exit, [2, 3, 5])
 
 
-def test_unknown_options_are_refused():
+def test_unknown_options_are_refused(unchecked):
+    logits, ones = jnp.zeros((2, 1, 3)), jnp.ones((2, 1))
+    with pytest.raises(DyncompError, match="'ce', 'error'"):
+        exit_loss(logits, jnp.zeros((1,), jnp.int32), "wrong")  # type: ignore[arg-type]
+    with pytest.raises(DyncompError, match="'boosted_sg'"):
+        head_loss(ones, ones, "boosted")  # type: ignore[arg-type]
+    with pytest.raises(DyncompError, match="'descending'"):
+        MultiExitObjective(weights="flat")  # type: ignore[arg-type]
+    with pytest.raises(DyncompError, match="'confidence'"):
+        JointExitObjective(target_score="p")  # type: ignore[arg-type]
+    with pytest.raises(DyncompError, match="period=0"):
+        JointExitObjective(period=0)
     with pytest.raises(DyncompError, match="max_p"):
         ConfidenceRule(score="maximum")  # type: ignore[arg-type]
     with pytest.raises(DyncompError, match="official_identity"):
