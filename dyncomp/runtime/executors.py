@@ -5,6 +5,7 @@ of a loop or a branch would run every example to the end.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from dyncomp.core.aux import Count
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.ledger import Ledger
+from dyncomp.core.ledger import Cost, Ledger
 from dyncomp.core.plans import ExitPlan
 from dyncomp.runtime.buckets import powers_of_two, split
 from dyncomp.runtime.segments import Segmented
@@ -25,26 +26,40 @@ class Executed:
 
     Attributes:
       outputs: numpy [b ...].
-      plan: where each example left.
-      needed: int64 [s], examples that needed each segment.
-      executed: int64 [s], rows that ran it, padding and masked work included.
-      ledger: the same times each segment's price.
+      exits: int [b], where each example left; ``plan`` holds the same on the device.
+      scores: float32 [b s], as far as they were computed, else NaN.
+      executed: int64 [s], rows that ran each segment, padding and masked work included.
+      prices: of each segment.
     """
 
     outputs: np.ndarray
-    plan: ExitPlan
-    needed: np.ndarray
+    exits: np.ndarray
+    scores: np.ndarray
     executed: np.ndarray
-    ledger: Ledger
+    prices: tuple[Cost, ...]
+
+    # Made when asked for: at small batches they would cost as much as a segment.
+    @functools.cached_property
+    def plan(self) -> ExitPlan:
+        """Where each example left, and the scores that decided."""
+        return ExitPlan(jnp.asarray(self.exits, jnp.int32), jnp.asarray(self.scores))
+
+    @functools.cached_property
+    def needed(self) -> np.ndarray:
+        """int64 [s], examples that needed each segment."""
+        return np.asarray([(self.exits >= index).sum() for index in range(len(self.prices))])
+
+    @functools.cached_property
+    def ledger(self) -> Ledger:
+        """``needed`` and ``executed`` times each segment's price."""
+        names = [f"segment_{index}" for index in range(len(self.prices))]
+        pairs = zip(self.needed[:, None], self.executed[:, None], strict=True)
+        counts = dict(zip(names, (Count(*pair) for pair in pairs), strict=True))
+        return Ledger(dict(zip(names, self.prices, strict=True))).record(counts)
 
 
-def _finish(net: Segmented, outputs, exits, scores, executed) -> Executed:
-    needed = np.asarray([(exits >= index).sum() for index in range(len(net.segments))])
-    ledger = Ledger({f"segment_{i}": segment.cost for i, segment in enumerate(net.segments)})
-    pairs = zip(needed[:, None], executed[:, None], strict=True)
-    counts = {f"segment_{i}": Count(*pair) for i, pair in enumerate(pairs)}
-    plan = ExitPlan(jnp.asarray(exits, jnp.int32), jnp.asarray(scores))
-    return Executed(outputs, plan, needed, executed, ledger.record(counts))
+def _prices(net: Segmented) -> tuple[Cost, ...]:
+    return tuple(segment.cost for segment in net.segments)
 
 
 class MaskedExecutor:
@@ -75,7 +90,7 @@ class MaskedExecutor:
         result = self._run(self._weights, inputs, jnp.asarray(self.thresholds))
         outputs, exits, scores = jax.device_get(result)
         executed = np.full(len(self.net.segments), len(exits))
-        return _finish(self.net, outputs, exits, scores, executed)
+        return Executed(outputs, exits, scores, executed, _prices(self.net))
 
 
 class HostExecutor:
@@ -187,7 +202,7 @@ class HostExecutor:
             if not len(alive):
                 break
         outputs, scores = self._gather(done, b)
-        return _finish(self.net, outputs, exits, scores, executed)
+        return Executed(outputs, exits, scores, executed, _prices(self.net))
 
     def _launch(self, index: int, alive: np.ndarray, inputs: np.ndarray) -> list[tuple]:
         """Dispatches one segment for all survivors before anything is waited for."""
