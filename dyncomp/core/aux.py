@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from dyncomp.core.typing import Array, Float, Int
+from dyncomp.core.typing import Array, Float
 
 
 @struct.dataclass
@@ -20,8 +19,8 @@ class Count:
       executed: int32, same shape.
     """
 
-    needed: Int[Array | np.ndarray, "..."]  # constants of a rematerialised body come back as numpy
-    executed: Int[Array | np.ndarray, "..."]
+    needed: Any  # unchecked: jax also builds trees of shapes, shardings and None
+    executed: Any
 
 
 def count(needed: Any, executed: Any = None) -> Count:

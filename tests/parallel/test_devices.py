@@ -34,7 +34,7 @@ class Adam:
     """With a large epsilon: the usual 1e-8 divides gradients that are rounding noise by their own size."""
 
     def build(self, steps):
-        return optax.adamw(1e-2, eps=1e-3)
+        return optax.adamw(1e-2, eps=1e-2)
 
 
 def make_run(unit, **fields):
