@@ -174,6 +174,7 @@ def loop_pairs(scale: Scale, ffn: Factory, shape: plain.Shape) -> timing.Pairs:
     with tempfile.TemporaryDirectory() as folder:
         session = Session(run, Path(folder), "", [], 75)
         with session.engine.context(), Terminator() as terminator:
+            session.restore()
             session.start((), progress=False)
             session.trackers.append(turns)
             session.steps(terminator)

@@ -79,4 +79,4 @@ def _main(args: argparse.Namespace) -> None:
         )
         for s in found
     ]
-    table("Systems", ("slug", "title", "family", "paper scale", "claims held"), rows)
+    table("Systems", ("slug", "title", "family", "paper", "claims held"), rows)

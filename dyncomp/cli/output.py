@@ -58,16 +58,19 @@ def table(
     from rich.table import Table
 
     rows = [list(row) for row in rows]
-    made = Table(title=title, title_justify="left")
+    made = Table()
     for n, column in enumerate(columns):
         numeric = any(isinstance(row[n], int | float) for row in rows)
-        made.add_column(column, overflow="fold", justify="right" if numeric else "left")
+        made.add_column(
+            column, overflow="fold", justify="right" if numeric else "left", no_wrap=n == 0
+        )
     for row in rows:
         made.add_row(*(_escaped(value) for value in row))
     console = Console()
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(made)
     if note:
-        console.print(note, style="dim")
+        console.print(note, style="dim", highlight=False)
 
 
 def _escaped(value: Any) -> str:

@@ -69,13 +69,15 @@ def train(
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     compile_cache.enable()
-    notes = records.open_workdir(workdir, config_text, quick)
-    done = records.finished(workdir, run.total_steps)
+    notes = records.look_at(workdir, config_text, quick)
+    done = records.finished(workdir, config_text, run.total_steps)
     if done is not None:
         return done
     session = Session(run, workdir, config_text, notes, exit_code)
     with session.engine.context(), Terminator() as terminator:
         try:
+            session.restore()
+            records.take_over(workdir, config_text, quick)
             session.start(trackers, progress)
             session.steps(terminator)
             return session.finish()
@@ -112,7 +114,7 @@ class Terminator:
 
 
 class Session:
-    """One process's part of a run; `start`, `steps`, `finish`, `close` in this order."""
+    """One process's part of a run; `restore`, `start`, `steps`, `finish`, `close` in this order."""
 
     def __init__(self, run: Run, workdir: Path, config_text: str, notes: list[str], exit_code: int):
         self.run, self.workdir, self.notes, self.exit_code = run, workdir, notes, exit_code
@@ -133,24 +135,27 @@ class Session:
         self.notes.append(line)
         print(line, file=sys.stderr)
 
-    def start(self, trackers: Sequence[str], progress: bool) -> None:
-        """Restores the newest good checkpoint or makes step 0."""
+    def restore(self) -> None:
+        """Restores the newest good checkpoint or makes step 0; nothing in the folder changes."""
         for note in list(self.notes):
             print(note, file=sys.stderr)
         found = self.checkpoints.restore(self.engine.like, self.say)
         if found is None:
-            self.state, extra = self.engine.fresh(), {}
+            self.state, self.extra = self.engine.fresh(), {}
             if self.run.init_from:
                 self.state, report = warm_start(self.state, self.run.init_from)
                 self.not_loaded = report.lines()
                 for line in self.not_loaded:
                     self.say(line)
         else:
-            self.state, extra = found
-            self.not_loaded = extra.get("not_loaded", [])
+            self.state, self.extra = found
+            self.not_loaded = self.extra.get("not_loaded", [])
         self.step = int(self.state.step)
+
+    def start(self, trackers: Sequence[str], progress: bool) -> None:
+        """Opens the files and the bar; what lies after the restored step goes."""
         self.checkpoints.drop_after(self.step)
-        self.window = Window(extra.get("window"))
+        self.window = Window(self.extra.get("window"))
         self.trackers = make_trackers(trackers, self.workdir, self.step)
         self.timings = Timings(self.workdir / "timings.jsonl")
         self.bar = records.Bar(self.workdir.name, self.run.total_steps, self.step, progress)

@@ -36,34 +36,45 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def open_workdir(workdir: Path, config_text: str, quick: bool) -> list[str]:
-    """Records config and environment; returns what differs from an earlier part of the run, a line each.
+def look_at(workdir: Path, config_text: str, quick: bool) -> list[str]:
+    """What differs from an earlier part of the run, a line each; nothing is written.
 
     Raises:
       DyncompError: the folder holds a smoke run and this is none, or the other way round.
     """
-    notes = []
-    now = {**run_environment(), "quick": quick}
     before = read_json(workdir / "environment.json")
-    if before is not None:
-        if before.get("quick") != quick:
-            kind = "a --quick run" if before.get("quick") else "a full run"
-            raise DyncompError(f"{workdir} holds {kind}; use another --workdir or delete it")
-        for line in differences(before, now):
-            notes.append(f"warning: resumed numbers may differ in their last bits: {line}")
+    if before is None:
+        return []
+    if before.get("quick") != quick:
+        kind = "a --quick run" if before.get("quick") else "a full run"
+        raise DyncompError(f"{workdir} holds {kind}; use another --workdir or delete it")
+    changed = differences(before, {**run_environment(), "quick": quick})
+    notes = [f"warning: resumed numbers may differ in their last bits: {line}" for line in changed]
     config = workdir / "config.gin"
-    if before is not None and config.exists() and config.read_text() != config_text:
+    if config.exists() and config.read_text() != config_text:
         notes.append(f"warning: {config} was another config; this run goes on with the new one")
-        (workdir / "summary.json").unlink(missing_ok=True)
-    config.write_text(config_text)
-    write_json(workdir / "environment.json", now)
     return notes
 
 
-def finished(workdir: Path, total_steps: int) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do, else None."""
+def finished(workdir: Path, config_text: str, total_steps: int) -> dict[str, Any] | None:
+    """The summary of a run of this very config that has nothing left to do, else None."""
+    config = workdir / "config.gin"
+    if not config.exists() or config.read_text() != config_text:
+        return None
     summary = read_json(workdir / "summary.json")
     return summary if summary and summary.get("step") == total_steps else None
+
+
+def take_over(workdir: Path, config_text: str, quick: bool) -> None:
+    """Makes the folder this run's: config and environment; the summary of another config goes.
+
+    Called once it is known that what the folder holds can be gone on with.
+    """
+    config = workdir / "config.gin"
+    if config.exists() and config.read_text() != config_text:
+        (workdir / "summary.json").unlink(missing_ok=True)
+    config.write_text(config_text)
+    write_json(workdir / "environment.json", {**run_environment(), "quick": quick})
 
 
 class Timings:
