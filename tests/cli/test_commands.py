@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from terminal import ONE, cli, spawn
@@ -70,6 +71,7 @@ def test_list():
 
 def test_config_check_of_a_good_and_a_bad_one(config, tmp_path):
     bad = tmp_path / "bad.gin"
+    shutil.copy(config.with_name("layer.gin"), tmp_path)
     bad.write_text(config.read_text() + "IDLE = 1\ntraining.AdamW.b1 = 'x'\n")
     number = len(bad.read_text().splitlines())
     found = cli("config", "check", config, bad)
