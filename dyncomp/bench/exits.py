@@ -95,13 +95,14 @@ def halving(exits: int) -> np.ndarray:
     return shares
 
 
+@functools.cache
 def planted(size: Size, rule: str, seed: int = 0) -> tuple[Segmented, Any]:
     """Segments of a network with random weights, and its backbone's variables; thresholds give `halving` shares."""
     policy, bank = RULES[rule]
     model = ExitingClassifier(backbone=size.backbone("unroll"), exits=bank, rule=policy)
     images = _images(CALIBRATION, seed + 1)
     stored = ExitingClassifier(backbone=size.backbone("scan"), exits=bank, rule=policy)
-    variables = nn.meta.unbox(stored.init(jax.random.key(seed), images[:1]))
+    variables = nn.meta.unbox(jax.jit(stored.init)(jax.random.key(seed), images[:1]))
     if (
         "gates" in variables["params"]["bank"]
     ):  # small, so that mass is left to decide at every exit

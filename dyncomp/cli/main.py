@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import dyncomp
 from dyncomp.core.errors import DyncompError, Preempted
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in rest
     args = parser().parse_args([a for a in rest if a != "--debug"])
     args.overrides = overrides
+    quiet_tpu_compiler()
     try:
         return args.function(args) or 0
     except Preempted as stop:
@@ -74,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
+
+
+def quiet_tpu_compiler() -> None:
+    """Names the CPU where the TPU compiler is installed but no accelerator is: libtpu would look for a TPU, loudly."""
+    devices = (*Path("/dev").glob("accel*"), Path("/dev/vfio"), Path("/dev/nvidiactl"))
+    if importlib.util.find_spec("libtpu") and not any(device.exists() for device in devices):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def one_line(error: Exception) -> str:

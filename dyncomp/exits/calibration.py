@@ -5,6 +5,7 @@ Host-side numpy on held-out outputs; nothing here ever sees test labels except t
 
 import numpy as np
 
+from dyncomp.core import budget
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Bool, Float, Int
 
@@ -93,16 +94,4 @@ def chain_thresholds(
     Raises:
       DyncompError: shares that are negative or do not sum to 1, or scores for another number of exits.
     """
-    if len(target) != len(scores) + 1 or min(target) < 0 or abs(float(np.sum(target)) - 1.0) > 1e-6:
-        raise DyncompError(
-            f"target shares {np.asarray(target).tolist()}: give {len(scores) + 1} that sum to 1"
-        )
-    total, stay, owed = scores.shape[1], np.ones(scores.shape[1], bool), 0.0
-    thresholds = np.full(len(scores), np.inf)
-    for index, row in enumerate(scores):
-        owed += float(target[index]) * total
-        wanted = min(round(owed) - int((~stay).sum()), int(stay.sum()))
-        if wanted > 0:
-            thresholds[index] = np.sort(row[stay])[::-1][wanted - 1]
-            stay &= row < thresholds[index]
-    return thresholds
+    return budget.chain_thresholds(scores.T, target)

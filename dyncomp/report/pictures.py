@@ -108,18 +108,6 @@ def _legend(low: float, high: float) -> str:
     return f"Mean active experts over the layers: {swatches}"
 
 
-def terminal_text(pieces: Sequence[str], experts: Sequence[float]) -> Any:
-    """The same for a terminal, as a `rich.text.Text`."""
-    from rich.text import Text
-
-    text = Text()
-    for piece, share in zip(pieces, _shades(pieces, experts)[0], strict=True):
-        text.append(
-            piece, style=f"black on rgb(255,{255 - int(140 * share)},{255 - int(225 * share)})"
-        )
-    return text
-
-
 def _shades(pieces: Sequence[str], experts: Sequence[float]) -> tuple[list[float], float, float]:
     if len(pieces) != len(experts) or not pieces:
         raise DyncompError(

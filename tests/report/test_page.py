@@ -210,12 +210,6 @@ def test_pareto_as_a_file(make_run, tmp_path):
 def test_text_by_experts():
     text = pictures.coloured_text(["<b>", "x"], [1.0, 3.0])
     assert "&lt;b&gt;" in text and "0.00)" in text and "0.75)" in text
-    terminal = pictures.terminal_text(["[bold]", "x"], [1.0, 3.0])
-    assert terminal.plain == "[bold]x"
-    assert [s.style for s in terminal.spans] == [
-        "black on rgb(255,255,255)",
-        "black on rgb(255,115,30)",
-    ]
     with pytest.raises(DyncompError, match="2 pieces and 1 figures"):
         pictures.coloured_text(["a", "b"], [1.0])
 
