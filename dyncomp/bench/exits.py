@@ -30,7 +30,7 @@ from dyncomp.models import Block, ExitingClassifier, Group, VisionTransformer, l
 from dyncomp.models.group import Execution
 from dyncomp.runtime import HostExecutor, MaskedExecutor, Segmented, from_model
 
-BATCHES, QUICK_BATCHES = (1, 8, 64, 256), (1, 8)
+BATCHES, QUICK_BATCHES = (1, 8, 64, 256), (4,)
 PAIRS, QUICK_PAIRS = 40, 6
 IMAGES = 64
 """Fewest images a side runs in a pair, so that small batches see the whole distribution."""
@@ -77,7 +77,7 @@ RULES = {
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """One row a size, rule and batch; ``quick`` takes the smaller size and two batches."""
+    """One row a size, rule and batch; ``quick`` takes the smaller size and one batch."""
     sizes = ("laptop",) if quick else tuple(SIZES)
     batches = QUICK_BATCHES if quick else BATCHES
     return [
