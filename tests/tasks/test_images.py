@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.tasks import Digits, FashionMNIST, FeatureTask, HubImages
+from dyncomp.tasks import Digits, FashionMNIST, FeatureTask, HubImages, Task
 from dyncomp.tasks.base import SPLITS
 from dyncomp.tasks.images import FASHION_FOLDER, read_idx, shuffled_parts
 
@@ -135,6 +135,8 @@ def test_hub_images_from_a_folder(pictures):
     assert abs(train["inputs"].mean()) < 1e-4 and abs(train["inputs"].std() - 1) < 1e-4
     grey = HubImages(name="imagefolder", data_files=pictures, size=4, color=False)
     assert whole(grey, "test")["inputs"].shape == (6, 4, 4, 1)
+    assert grey.spec() == Task.spec(grey)  # what the options say is what the data are
+    assert HubImages(name="not/there", size=224).spec()["inputs"].shape == (224, 224, 3)
     with pytest.raises(DyncompError, match="no column 'class'; it has"):
         HubImages(name="imagefolder", data_files=pictures, label="class").source("train")
 

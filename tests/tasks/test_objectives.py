@@ -123,3 +123,21 @@ def test_strict(strict, lm):
     logits, batch = lm
     objective = LMObjective(aux_weights={"balance": 0.1}, z_loss=0.1)
     objective(jnp.asarray(logits), Aux(losses=LOSSES), batch, 0)
+
+
+def test_models_that_leave_early_are_judged_by_what_they_emit(images):
+    """A mapping has two answers: metrics take the emitted one, an objective either."""
+    logits, batch = images
+    output = {"emitted": jnp.asarray(logits), "final": jnp.asarray(-logits)}
+    mask, labels = np.asarray(batch["mask"], np.float64), np.asarray(batch["targets"])
+    mean = lambda values: (values * mask).sum() / mask.sum()
+    for answer, own in (("emitted", logits), ("final", -logits)):
+        loss, _ = ClassificationObjective(answer=answer)(output, Aux(), batch, 0)
+        np.testing.assert_allclose(loss, mean(-picked(log_softmax(own), labels)), rtol=1e-5)
+    metrics = Digits().metrics(output, batch)
+    assert metrics["accuracy"].value() == pytest.approx(mean(logits.argmax(-1) == labels))
+    assert metrics["accuracy_final"].value() == pytest.approx(mean(logits.argmin(-1) == labels))
+    np.testing.assert_allclose(
+        metrics["nll"].value(), mean(-picked(log_softmax(logits), labels)), rtol=1e-5
+    )
+    assert "accuracy_final" not in Digits().metrics(jnp.asarray(logits), batch)

@@ -136,6 +136,7 @@ def test_bad_options_are_one_line_errors(texts):
         "files.source('dev')": "unknown split 'dev': use one of train, validation",
         "LMObjective(aux_reduce='max')": "use 'mean' or 'sum'",
         "ClassificationObjective(label_smoothing=1.0)": "use [0, 1)",
+        "ClassificationObjective(answer='last')": "use 'emitted' or 'final'",
         "FeatureTask(arrays={'dev': {}})": "unknown split 'dev'",
     }
     code = (

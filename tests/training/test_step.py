@@ -116,6 +116,33 @@ def test_frozen_groups_have_no_state_and_do_not_move():
         freeze(PLAIN.build(1), "^nothing/").init(old.params)
 
 
+def test_frozen_parts_are_not_differentiated():
+    """Gradients of what is frozen are zero, so the norm that is logged is that of the moving part."""
+    batch = batch_of()
+    for trainable, moving in (("^out/", ["out"]), (".*", ["hidden", "out"])):
+        old, _, out = one_step(make_run(optimizer=PLAIN, trainable=trainable), batch)
+        wanted = numpy_gradients(old.params, batch)
+        squares = [np.square(g).sum() for part in moving for g in wanted[part].values()]
+        np.testing.assert_allclose(out["grad_norm"], np.sqrt(np.sum(squares)), rtol=1e-4)
+
+
+def test_schedules_of_groups_are_as_long_as_their_turns():
+    """Ten steps in cycles of five with turns of two: a a b b a | a a b b a, so six and four."""
+    sgd = lambda rate: SGD(learning_rate=rate, schedule="linear", momentum=0.0)
+    tx = Alternating(groups={"^hidden/": sgd(6.0), "^out/": sgd(4.0)}, period=2, cycle=5).build(10)
+    params = {"hidden": jnp.zeros((1,)), "out": jnp.zeros((1,))}
+    params = {name: {"w": leaf} for name, leaf in params.items()}
+    opt, rates = tx.init(params), {"hidden": [], "out": []}
+    for _ in range(10):
+        updates, opt = tx.update(jax.tree.map(jnp.ones_like, params), opt, params)
+        for name, seen in rates.items():
+            if float(updates[name]["w"][0]):
+                seen.append(-float(updates[name]["w"][0]))
+    # Linear to zero in steps of one: the last step of each group would be 0 one step later.
+    np.testing.assert_allclose(rates["hidden"], [6, 5, 4, 3, 2, 1], rtol=1e-6)
+    np.testing.assert_allclose(rates["out"], [4, 3, 2, 1], rtol=1e-6)
+
+
 def test_groups_take_turns_and_a_waiting_group_keeps_its_moments():
     adam = AdamW(learning_rate=0.1, schedule="constant", weight_decay=0.1)
     tx = Alternating(groups={"^hidden/": adam, "^out/": adam}, period=2).build(8)
