@@ -19,6 +19,8 @@ def add(commands: Any) -> None:
 def systems(experiments: Path | None = None) -> list[dict[str, Any]]:
     """One object a system: slug, title, family, config, paper_config, evidence, claims_held, claims_total.
 
+    Figures that are only reported, with no sign promised, are not counted as claims.
+
     Args:
       experiments: folder of the evidence; default, the repository's.
 
@@ -52,7 +54,7 @@ def systems(experiments: Path | None = None) -> list[dict[str, Any]]:
 def _evidence(folder: Path) -> dict[str, Any]:
     results, claims = folder / "results.json", folder / "claims.toml"
     stated = tomllib.loads(claims.read_text()) if claims.is_file() else {}
-    total = len(stated.get("claim", []))
+    total = sum(claim.get("relation") != "report" for claim in stated.get("claim", []))
     if not results.is_file():
         return {"evidence": None, "claims_held": 0, "claims_total": total}
     try:
@@ -61,7 +63,8 @@ def _evidence(folder: Path) -> dict[str, Any]:
         message = f"{results} is damaged: run `dyncomp reproduce {folder.name}` again"
         raise DyncompError(message) from error
     held = sum(claim["holds"] is True for claim in found)
-    return {"evidence": str(results), "claims_held": held, "claims_total": len(found)}
+    promised = sum(claim["holds"] is not None for claim in found)
+    return {"evidence": str(results), "claims_held": held, "claims_total": promised}
 
 
 def _main(args: argparse.Namespace) -> None:

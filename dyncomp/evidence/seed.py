@@ -31,14 +31,21 @@ def load_experiment(path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise DyncompError(f"{path} is missing: it defines ARMS and run_seed(seed, quick, workdir)")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.parent.name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = load_module(path)
     for name in ("ARMS", "run_seed"):
         if not hasattr(module, name):
             raise DyncompError(f"{path} defines no {name}; add it")
+    return module
+
+
+def load_module(path: Path) -> ModuleType:
+    """Imports a file of an experiment's folder, which is no package."""
+    name = f"{path.stem}_{path.parent.name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
     return module
 
 

@@ -4,7 +4,6 @@ Every arm is the shipped config ``harder_tasks_more_experts`` with one thing cha
 same batches. Quality is cross-entropy on the validation split; nothing was tuned on it.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from dyncomp import config
+from dyncomp.evidence.seed import load_module
 from dyncomp.models import apply
 from dyncomp.tasks.loader import sequential
 from dyncomp.tasks.objectives import token_nll
@@ -154,9 +154,4 @@ def shown(seen: dict[str, Any], workdir: Path) -> dict[str, Any]:
 
 def figures(results: dict[str, Any], outdir: Path) -> None:
     """Writes the pictures of the page; drawing is in ``pictures.py``."""
-    path = Path(__file__).with_name("pictures.py")
-    spec = importlib.util.spec_from_file_location("pictures_of_top_p", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.draw(results, outdir)
+    load_module(Path(__file__).with_name("pictures.py")).draw(results, outdir)

@@ -7,7 +7,6 @@ conformal quantiles from the calibration split; test labels only score (and serv
 
 import dataclasses
 import functools
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from flax import linen as nn
 
 from dyncomp.attention import Attention
 from dyncomp.core.rng import fold
+from dyncomp.evidence.seed import load_module
 from dyncomp.exits import ExitBank, GateRule, JointExitObjective, MultiExitObjective, decide
 from dyncomp.exits import calibration as cal
 from dyncomp.exits.controllers import HeadPatience, positive_weights
@@ -37,6 +37,7 @@ METRICS = {
     "set_size": {"text": "classes in the conformal set at 95%", "minimize": True},
     "coverage": {"text": "share of test images whose conformal set holds their class"},
 }
+PICTURES = Path(__file__).with_name("pictures.py")
 LAMBDAS = (0.05, 0.2, 0.5, 1.0, 2.0)
 METHODS = ("jei", "threshold", "random", "oracle", "uniform", "official")
 ARMS = ["static", *METHODS, *(f"{method}_{lam:g}" for method in METHODS for lam in LAMBDAS)]
@@ -368,7 +369,7 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, dict[str, float
         results |= {f"{method}_{lam:g}": found[method] for method in METHODS}
         if lam == 0.5:
             left = outputs(joint, data["test"])
-            shown = _pictures().chosen(left, arrays["test"][0], costs)
+            shown = load_module(PICTURES).chosen(left, arrays["test"][0], costs)
     for method in METHODS:
         sweep = [results[f"{method}_{lam:g}"] for lam in LAMBDAS]
         results[method] = {key: float(np.mean([one[key] for one in sweep])) for key in sweep[0]}
@@ -382,16 +383,6 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, dict[str, float
     return results
 
 
-def _pictures() -> Any:
-    """``pictures.py`` beside this file."""
-    path = Path(__file__).with_name("pictures.py")
-    spec = importlib.util.spec_from_file_location("pictures_of_joint_exits", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def figures(results: dict[str, Any], outdir: Path) -> None:
     """Writes the pictures of the page."""
-    _pictures().draw(results, outdir)
+    load_module(PICTURES).draw(results, outdir)
