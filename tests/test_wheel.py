@@ -58,7 +58,7 @@ def installed(wheel, tmp_path_factory):
         command = [sys.executable, "-S", *arguments]
         return subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True)
 
-    return run, target
+    return run, target, elsewhere
 
 
 def test_contents(wheel):
@@ -75,7 +75,7 @@ def test_contents(wheel):
 
 
 def test_runs_from_another_folder(installed):
-    run, target = installed
+    run, target, elsewhere = installed
     where = run(
         "-c",
         "import dyncomp, dyncomp_kernels; print(dyncomp.__file__, dyncomp_kernels.__path__[0])",
@@ -86,3 +86,7 @@ def test_runs_from_another_folder(installed):
     assert listed.returncode == 0 and '"quickstart"' in listed.stdout, listed.stderr
     checked = run("-m", "dyncomp", "config", "check", "quickstart")
     assert checked.returncode == 0 and "quickstart: ok" in checked.stdout, checked.stderr
+    one = "--gin.training.Suite.select='dense'"
+    ran = run("-m", "dyncomp", "run", "quickstart", "--quick", "--no-progress", one)
+    assert ran.returncode == 0, ran.stderr
+    assert list(elsewhere.glob("runs/**/summary.json")), ran.stdout

@@ -43,7 +43,9 @@ def section(result):
             "| row | ratio | interval | asked | verdict | runs |",
             "| --- | --- | --- | --- | --- | --- |",
             *map(line, result["rows"]),
-            "\nRatios: " + "; ".join(references) + ".\n",
+            "\nRatios:",
+            *(f"- {reference}" for reference in references),
+            "",
         ]
     )
 

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int
 
 
@@ -11,10 +12,12 @@ def rope_angles(
     """Rotation angles ``position * theta^(-2i/p)`` of the p/2 pairs of a head, float32, radians.
 
     Raises:
-      ValueError: ``head_dim`` is odd.
+      DyncompError: ``head_dim`` is odd.
     """
     if head_dim % 2:
-        raise ValueError(f"RoPE rotates pairs: head_dim={head_dim} is odd; choose an even head_dim")
+        raise DyncompError(
+            f"RoPE rotates pairs: head_dim={head_dim} is odd; choose an even head_dim"
+        )
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / jnp.float32(head_dim)
     frequency = jnp.float32(theta) ** -exponent
     return jnp.expand_dims(positions.astype(jnp.float32), -1) * jnp.expand_dims(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dyncomp.core.errors import DyncompError
 from dyncomp.core.plans import ExitPlan, KeepPlan, RoutePlan
 from dyncomp.core.typing import Array, Bool, Float, Int, Key
 
@@ -26,7 +27,7 @@ def top_k(scores: Float[Array, "n e"], k: int, *, renormalize: bool = False) -> 
       renormalize: divide the chosen scores by their sum.
 
     Raises:
-      ValueError: k is out of range.
+      DyncompError: k is out of range.
     """
     check_slots(k, scores.shape[-1])
     experts = _highest(scores, k)
@@ -137,4 +138,4 @@ def _highest(scores: Float[Array, "*n e"], k: int) -> Int[Array, "*n k"]:
 def check_slots(k: int, alternatives: int) -> None:
     """Refuses a slot count outside [1, alternatives]."""
     if not 1 <= k <= alternatives:
-        raise ValueError(f"{k} slots of {alternatives} alternatives: choose 1..{alternatives}")
+        raise DyncompError(f"{k} slots of {alternatives} alternatives: choose 1..{alternatives}")

@@ -116,7 +116,7 @@ def param(
         return init(key, shape, "float32").astype(dtype)
 
     if len(shape) != len(axes):
-        raise ValueError(
+        raise DyncompError(
             f"{name}: {len(shape)} dimensions but {len(axes)} axis names {tuple(axes)}"
         )
     boxed = nn.with_logical_partitioning(draw, tuple(axes))

@@ -24,6 +24,8 @@ from typing import Any, TypeAlias
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Scalar, UInt32
 
+from dyncomp.core.errors import DyncompError
+
 Factory: TypeAlias = Callable[..., Any]
 """A class or partial that a seam calls with its fixed name (never an instance)."""
 
@@ -49,10 +51,10 @@ def check_factory(value: Any, seam: str) -> None:
     """Refuses an instance at a seam.
 
     Raises:
-      TypeError: ``value`` is a module instance or not callable; the message names the fix.
+      DyncompError: ``value`` is a module instance or not callable; the message names the fix.
     """
     if isinstance(value, nn.Module) or not callable(value):
         name = type(value).__name__
-        raise TypeError(
+        raise DyncompError(
             f"{seam}: got an instance of {name}; pass the factory {name} (in gin @{name}, not @{name}())"
         )

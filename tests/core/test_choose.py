@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from dyncomp.core import choose
+from dyncomp.core.errors import DyncompError
 
 quick = settings(deadline=None, derandomize=True, max_examples=30)
 scores = st.lists(st.sampled_from([-1.5, -0.0, 0.0, 0.25, 0.25, 2.0]), min_size=6, max_size=6)
@@ -202,5 +203,5 @@ def test_slots_outside_the_range_are_refused(k):
         lambda: choose.keep_above(row[0], jnp.float32(0.5), max_rows=k),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=f"{k} slots of 4 alternatives: choose 1..4"):
+        with pytest.raises(DyncompError, match=f"{k} slots of 4 alternatives: choose 1..4"):
             call()

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dyncomp.core.errors import DyncompError
 from dyncomp.experts import MoE, SwiGLU
 from dyncomp.routers import TopK, TopP
 
@@ -97,5 +98,5 @@ def test_one_expert_with_gate_one_is_dense():
 
 
 def test_bad_options():
-    with pytest.raises(TypeError, match="factory"):
+    with pytest.raises(DyncompError, match="factory"):
         MoE(router=TopK(num_experts=E), num_experts=E, hidden=F).init(jax.random.key(0), X)

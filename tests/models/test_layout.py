@@ -104,11 +104,11 @@ def test_every_layer_draws_its_own_noise(tiny, layers):
 
 
 def test_instances_are_refused(tiny):
-    with pytest.raises(TypeError, match="pass the factory TinyFFN"):
+    with pytest.raises(DyncompError, match="pass the factory TinyFFN"):
         models.Block(mixer=tiny.causal, ffn=tiny.ffn())
-    with pytest.raises(TypeError, match="Block.mixer"):
+    with pytest.raises(DyncompError, match="Block.mixer"):
         models.Block(mixer=tiny.causal(), ffn=tiny.ffn)
-    with pytest.raises(TypeError, match=r"Group.blocks\[0\]"):
+    with pytest.raises(DyncompError, match=r"Group.blocks\[0\]"):
         models.Group([tiny.block()])
     with pytest.raises(DyncompError, match="repeat >= 1"):
         models.Group([tiny.block], 0)
