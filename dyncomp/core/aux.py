@@ -38,12 +38,15 @@ class Aux:
       events: nested dict of `Count`; same keys as the module's ``cost()`` table.
       plans: nested dict of plans and other pictures; empty unless captured.
       cache: the updated key/value cache or recurrent state, or None.
+      below: what a unit hands up to the next one of its kind (a router's logits), leaves [b t ...]; blocks carry it
+        over depth and it is empty in what a model returns.
     """
 
     losses: Mapping[str, Any] = struct.field(default_factory=dict)
     events: Mapping[str, Any] = struct.field(default_factory=dict)
     plans: Mapping[str, Any] = struct.field(default_factory=dict)
     cache: Any = None
+    below: Mapping[str, Any] = struct.field(default_factory=dict)
 
 
 def nest(**parts: Aux) -> Aux:

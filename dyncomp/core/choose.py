@@ -68,6 +68,53 @@ def threshold(scores: Float[Array, "n e"], tau: Float[Array, ""]) -> RoutePlan:
     return RoutePlan(experts, jnp.where(keep, weights, 0.0), keep)
 
 
+def expert_choice(
+    scores: Float[Array, "n e"], slots: int, allowed: Bool[Array, "n"] | None = None
+) -> RoutePlan:
+    """Every alternative takes the ``slots`` rows that score it highest (Zhou et al. 2022, eq. 2-3).
+
+    A row gets between none and all alternatives; its combine weights are the plain scores. Not causal: whether a row
+    is taken depends on the other rows.
+
+    Args:
+      scores: float32 [n e].
+      slots: static, rows an alternative, 1 <= slots <= n.
+      allowed: [n], rows that may be taken; an alternative takes fewer where there are not enough.
+
+    Returns:
+      A plan with one slot for every alternative, in index order; ``bound`` is ``slots * e``.
+    """
+    n, e = scores.shape
+    check_slots(slots, n)
+    ranked_by = scores if allowed is None else jnp.where(allowed[:, None], scores, -jnp.inf)
+    rows = _highest(ranked_by.T, slots)
+    keep = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], rows].set(True).T
+    keep = keep if allowed is None else keep & allowed[:, None]
+    experts = jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32), (n, e))
+    return RoutePlan(experts, jnp.where(keep, scores, 0.0), keep, bound=slots * e)
+
+
+def best_groups(
+    scores: Float[Array, "n e"], groups: int, keep: int, *, best: int = 2
+) -> Bool[Array, "n e"]:
+    """Which alternatives are in the ``keep`` groups whose ``best`` highest scores sum to most (DeepSeek-V3, sec. 2.1.2).
+
+    Alternatives are split into equal, consecutive groups. Mask the others with -inf, not 0: scores may be negative.
+    """
+    n, e = scores.shape
+    if groups < 1 or e % groups or not 1 <= keep <= groups or e // groups < best:
+        raise DyncompError(
+            f"best_groups: {e} alternatives in {groups} groups of which {keep} stay; groups must divide them"
+            f" into {best} or more each"
+        )
+    inside = scores.reshape(n, groups, e // groups)
+    total = jnp.sum(lax.top_k(inside, best)[0], axis=-1)
+    chosen = (
+        jnp.zeros((n, groups), bool).at[jnp.arange(n)[:, None], _highest(total, keep)].set(True)
+    )
+    return jnp.repeat(chosen, e // groups, axis=-1)
+
+
 def random_slots(
     key: Key[Array, ""], counts: Int[Array, "n"], num_experts: int, *, max_slots: int | None = None
 ) -> RoutePlan:

@@ -5,7 +5,7 @@ dropped. Each also reports what it really ran.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -77,22 +77,34 @@ def dropless(
 ) -> tuple[Float[Array, "n o"], Stats]:
     """Sorts the kept slots by alternative and runs exactly those (Gale et al. 2022, without their padding copies)."""
     order, place, sizes = sort_slots(plan, num_experts)
+    order = order[: plan.bound]
+    place = jnp.minimum(place, order.shape[0] - 1)
     rows = _take(x, order // plan.experts.shape[1], place.reshape(plan.keep.shape), plan.keep)
     outputs = bank.grouped(rows, sizes)
-    slots = _take(outputs, place, order[:, None], jnp.ones((order.shape[0], 1), bool))
+    slots = _take(outputs, place, order[:, None], plan.keep.reshape(-1)[order][:, None])
     slots = slots.reshape(*plan.experts.shape, -1)
     executed = bank.executed(sizes, rows.shape[0])
     return _combine(slots, plan), Stats(executed, jnp.int32(0))
 
 
+Priority = Literal["row", "choice", "score"]
+"""Who is served first: rows in order; first choices before second ones, rows in order within; or choice by choice in
+the order of ``plan.priority`` (batch-prioritised routing, Riquelme et al. 2021)."""
+
+
 def capacity(
-    plan: RoutePlan, x: Float[Array, "n d"], bank: Bank, num_experts: int, slots: int
+    plan: RoutePlan,
+    x: Float[Array, "n d"],
+    bank: Bank,
+    num_experts: int,
+    slots: int,
+    priority: Priority = "row",
 ) -> tuple[Float[Array, "n o"], Stats]:
-    """At most ``slots`` rows an alternative, in row order; the rest are dropped (Lepikhin et al. 2020).
+    """At most ``slots`` rows an alternative; the rest are dropped (Lepikhin et al. 2020).
 
     Indices come from a sort; nothing of size rows x alternatives x slots is ever built.
     """
-    order, place, sizes = sort_slots(plan, num_experts)
+    order, place, sizes = sort_slots(plan, num_experts, priority)
     starts = jnp.cumsum(sizes) - sizes
     rank = place - starts[plan.experts.reshape(-1)]
     served = plan.keep.reshape(-1) & (rank < slots)
@@ -106,22 +118,54 @@ def capacity(
     chosen = _take(outputs.reshape(-1, outputs.shape[-1]), flat, slot[:, None], filled)
     chosen = chosen.reshape(*plan.experts.shape, -1)
     dropped = jnp.sum(plan.keep, dtype=jnp.int32) - jnp.sum(served, dtype=jnp.int32)
-    kept = RoutePlan(plan.experts, plan.weights, served.reshape(plan.keep.shape))
+    kept = plan.only(served.reshape(plan.keep.shape))
     return _combine(chosen, kept), Stats(jnp.int32(num_experts * slots), dropped)
 
 
+def limit(
+    plan: RoutePlan, slots: Int[Array, "e"], priority: Priority = "row"
+) -> tuple[RoutePlan, Int[Array, ""]]:
+    """Keeps at most ``slots[i]`` rows of alternative i: what `capacity` drops, as a plan any dispatch can run.
+
+    Returns:
+      The plan and how many slots were dropped, int32.
+    """
+    order, place, sizes = sort_slots(plan, slots.shape[0], priority)
+    del order
+    starts = jnp.cumsum(sizes) - sizes
+    rank = place.reshape(plan.experts.shape) - starts[plan.experts]
+    kept = plan.only(rank < slots[plan.experts])
+    dropped = jnp.sum(plan.keep, dtype=jnp.int32) - jnp.sum(kept.keep, dtype=jnp.int32)
+    return kept, dropped
+
+
 def sort_slots(
-    plan: RoutePlan, num_experts: int
+    plan: RoutePlan, num_experts: int, priority: Priority = "row"
 ) -> tuple[Int[Array, "m"], Int[Array, "m"], Int[Array, "e"]]:
-    """Stable order of the n*k slots by alternative, unused slots last.
+    """Stable order of the n*k slots by alternative, unused slots last; within one alternative by ``priority``.
 
     Returns:
       order int32 [m]: slot at each sorted place; place int32 [m]: its inverse; sizes int32 [e].
     """
     key = jnp.where(plan.keep, plan.experts, num_experts).reshape(-1)
-    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    if priority == "row":
+        order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    else:
+        first = _in_turn(plan, priority)
+        order = first[jnp.argsort(key[first], stable=True)]
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
     return order, place, plan.load(num_experts)
+
+
+def _in_turn(plan: RoutePlan, priority: Priority) -> Int[Array, "m"]:
+    """All slots, first choices before second ones; rows in order or by descending ``plan.priority``."""
+    n, k = plan.experts.shape
+    rows = jnp.arange(n, dtype=jnp.int32)
+    if priority == "score":
+        if plan.priority is None:
+            raise DyncompError("priority='score' needs a router that sets RoutePlan.priority")
+        rows = jnp.argsort(-plan.priority, stable=True).astype(jnp.int32)
+    return (rows[None, :] * k + jnp.arange(k, dtype=jnp.int32)[:, None]).reshape(-1)
 
 
 @jax.custom_vjp

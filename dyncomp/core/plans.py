@@ -3,6 +3,8 @@
 Captured under a scanned group, every leaf has a leading layer axis (``*l``).
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import struct
 
@@ -17,11 +19,15 @@ class RoutePlan:
       experts: int32 [n k], the alternative in each slot; distinct within a row where ``keep`` holds.
       weights: float32 [n k], the combine weight; gradients reach the scores through it. 0 where not kept.
       keep: bool [n k], whether the slot is used.
+      priority: float32 [n], which rows come first where capacity is scarce (higher first); None for row order.
+      bound: static; at most this many slots are ever kept (None: all of them). Dispatches size their buffers by it.
     """
 
     experts: Int[Array, "*l n k"]
     weights: Float[Array, "*l n k"]
     keep: Bool[Array, "*l n k"]
+    priority: Float[Array, "*l n"] | None = None
+    bound: int | None = struct.field(pytree_node=False, default=None)
 
     def counts(self) -> Int[Array, "n"]:
         """How many alternatives each row uses, int32."""
@@ -45,7 +51,12 @@ class RoutePlan:
     def masked(self, mask: Float[Array, "n"] | Bool[Array, "n"]) -> "RoutePlan":
         """The plan with rows of padding (mask 0) using nothing."""
         keep = self.keep & mask.astype(bool)[:, None]
-        return RoutePlan(self.experts, jnp.where(keep, self.weights, 0.0), keep)
+        return dataclasses.replace(self, weights=jnp.where(keep, self.weights, 0.0), keep=keep)
+
+    def only(self, served: Bool[Array, "n k"]) -> "RoutePlan":
+        """The plan without the slots that are not ``served``; the other weights stay as they are."""
+        keep = self.keep & served
+        return dataclasses.replace(self, weights=jnp.where(keep, self.weights, 0.0), keep=keep)
 
 
 @struct.dataclass

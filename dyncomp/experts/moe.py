@@ -1,13 +1,16 @@
-"""A mixture of experts on the ffn seam: any router, any dispatch."""
+"""A mixture of experts on the ffn seam: any router, any bank of experts, any dispatch."""
 
-import math
-from typing import Literal
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dyncomp.core import dispatch
 from dyncomp.core.aux import Aux, count
+from dyncomp.core.dispatch import Priority
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
@@ -15,31 +18,49 @@ from dyncomp.core.plans import RoutePlan
 from dyncomp.core.sharding import local_op, param
 from dyncomp.core.typing import Array, Factory, Float, check_factory
 from dyncomp.experts.bank import SwiGLUBank
+from dyncomp.experts.capacity import Rounding, heterogeneous_slots, slots_per_expert
+from dyncomp.experts.free import FreeExperts, Kind, check_kinds
 
 Dispatch = Literal["dropless", "mask", "capacity", "gather"]
-_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
 
 
 class MoE(nn.Module):
-    """Routes each token to some of e SwiGLU experts and adds up their weighted outputs.
+    """Routes each token to some of e experts and adds up their weighted outputs.
 
-    Events: ``router/rows`` and ``experts/rows`` (row-expert pairs; executed ones include block padding, unused
-    capacity and masked work). Plans (captured): ``route``, and ``load`` int32 [e], the rows each expert is chosen for.
+    Events: ``router/rows``; ``experts/rows`` (row-expert pairs; executed ones include block padding, unused capacity and
+    masked work); ``dropped/rows`` (free of charge) where a capacity limits; ``free/rows`` and ``shared/tokens`` where
+    there are such experts. Plans (captured): ``route``, and ``load`` int32 [e], the rows each expert is chosen for.
 
     Attributes:
-      router: factory, called with ``num_experts``.
-      num_experts: e.
-      hidden: f of each expert.
-      dispatch: "dropless" (kept slots only), "mask" (everything; the reference), "capacity" (drops above
-        ``capacity_factor`` times an even share), "gather" (few rows).
-      capacity_factor: slots of an expert as a multiple of rows x slots / experts.
+      router: factory, called with ``num_experts``, those without a network included.
+      num_experts: experts with a network; their indices come first.
+      hidden: f of each.
+      bank: class of the experts' weights, `SwiGLUBank` or `MLPBank`.
+      free: kinds of the experts without a network, in the order of their indices (`FreeExperts`).
+      free_weight: tau of MoE++: how much less than a network a free expert weighs, in the router's heterogeneous loss
+        and in capacities; networks weigh tau, free experts 1 in a capacity, and the other way round in the loss.
+      shared: factory of a unit on the ffn seam that every token passes (DeepSeekMoE); None for none.
+      shared_gate: scale the shared unit's output by sigmoid(x w) (Qwen2-MoE).
+      dispatch: "dropless" (kept slots only), "mask" (everything; the reference), "capacity" (drops what is above
+        `capacity.slots_per_expert`), "gather" (few rows).
+      capacity_factor, capacity_counts_k, capacity_rounding, capacity_multiple: see `capacity.slots_per_expert`.
+      priority: who is dropped last, see `dyncomp.core.dispatch.Priority`.
     """
 
     router: Factory
     num_experts: int
     hidden: int
+    bank: Any = SwiGLUBank
+    free: Sequence[Kind] = ()
+    free_weight: float = 1.0
+    shared: Factory | None = None
+    shared_gate: bool = False
     dispatch: Dispatch = "dropless"
     capacity_factor: float = 1.25
+    capacity_counts_k: bool = True
+    capacity_rounding: Rounding = "up"
+    capacity_multiple: int = 1
+    priority: Priority = "row"
     dtypes: DTypes = DTypes()
 
     @nn.compact
@@ -49,63 +70,168 @@ class MoE(nn.Module):
         mask: Array | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
+        below: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
-        """Applies the mixture to every position; padding uses no expert."""
+        """Applies the mixture to every position; padding uses no expert.
+
+        ``below`` holds what the layer below hands up for the router, leaves [b t ...]; see `below_like`.
+        """
+        self._check()
+        b, t, d = x.shape
+        rows = x.reshape(b * t, d)
+        row_mask = None if mask is None else mask.reshape(b * t)
+        plan, losses, up = self._route(rows, row_mask, train, below, (b, t))
+        plan, limited = self._limited(plan)
+        own = plan.only(plan.experts < self.num_experts) if self.free else plan
+        y, executed, dropped = self._run(own, rows, self.bank.create(self, *self._sizes(d)))
+        seen = b * t if row_mask is None else jnp.sum(row_mask.astype(bool), dtype=jnp.int32)
+        needed = jnp.sum(own.keep, dtype=jnp.int32) - dropped
+        events = {
+            "router": {"rows": count(seen, b * t)},
+            "experts": {"rows": count(needed, executed)},
+        }
+        if self.dispatch == "capacity":
+            events["dropped"] = {"rows": count(dropped + limited)}
+        if self.free:
+            y = y + self._free()(rows, plan)
+            events["free"] = {"rows": count(seen, b * t)}
+        y = y.reshape(b, t, d)
+        if self.shared is not None:
+            more, aux = self._shared(x, mask, train)
+            y, events["shared"] = y + more, aux.events
+        plans = {}
+        if "plan" in capture:
+            plans = {
+                "route": dataclasses.replace(plan, priority=None),
+                "load": plan.load(self.total),
+            }
+        return y, Aux(losses, events, plans, below=up)
+
+    @property
+    def total(self) -> int:
+        """All experts, those without a network included."""
+        return self.num_experts + len(self.free)
+
+    def _sizes(self, d: int) -> tuple[int, int, int, str]:
+        return self.num_experts, d, self.hidden, self.dtypes.param
+
+    def _check(self) -> None:
         check_factory(self.router, "MoE.router")
+        check_kinds(self.free)
         if self.dispatch not in ("dropless", "mask", "capacity", "gather"):
             raise DyncompError(
                 f"MoE.dispatch={self.dispatch!r}: use 'dropless', 'mask', 'capacity' or 'gather'"
             )
-        b, t, d = x.shape
-        rows = x.reshape(b * t, d)
-        row_mask = None if mask is None else mask.reshape(b * t)
-        router = self.router(name="router", num_experts=self.num_experts, dtypes=self.dtypes)
-        plan, losses = router(rows, row_mask, train)
-        y, executed, dropped = self._run(plan.experts, plan.weights, plan.keep, rows, self._bank(d))
-        seen = b * t if row_mask is None else jnp.sum(row_mask.astype(bool), dtype=jnp.int32)
-        events = {
-            "router": {"rows": count(seen, b * t)},
-            "experts": {"rows": count(jnp.sum(plan.keep, dtype=jnp.int32) - dropped, executed)},
-        }
-        plans = {}
-        if "plan" in capture:
-            plans = {"route": plan, "load": plan.load(self.num_experts)}
-        return y.reshape(b, t, d), Aux(losses, events, plans)
+        if self.num_experts < 1 or self.hidden < 1:
+            raise DyncompError(
+                f"MoE: num_experts={self.num_experts}, hidden={self.hidden}; use 1 or more"
+            )
+        if self.capacity_factor <= 0 or self.free_weight <= 0 or self.capacity_multiple < 1:
+            raise DyncompError(
+                f"MoE: capacity_factor={self.capacity_factor}, free_weight={self.free_weight} and"
+                f" capacity_multiple={self.capacity_multiple} must be positive"
+            )
+        if self.priority not in ("row", "choice", "score"):
+            raise DyncompError(f"MoE.priority={self.priority!r}: use 'row', 'choice' or 'score'")
 
-    def _bank(self, d: int) -> tuple[Array, Array, Array]:
-        e, f, dtype = self.num_experts, self.hidden, self.dtypes.param
-        wide, narrow = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-        gate = param(self, "gate", _INIT, (e, d, f), wide, dtype)
-        up = param(self, "up", _INIT, (e, d, f), wide, dtype)
-        return gate, up, param(self, "down", _INIT, (e, f, d), narrow, dtype)
+    def _router(self, **kwargs: Any) -> Any:
+        if self.free:
+            weights = (1.0,) * self.num_experts + (self.free_weight,) * len(self.free)
+            kwargs["balance_weights"] = weights
+        return self.router(num_experts=self.total, dtypes=self.dtypes, **kwargs)
 
-    def _run(self, experts, weights, keep, rows, bank) -> tuple[Array, Array, Array]:
+    def _free(self, **kwargs: Any) -> FreeExperts:
+        kwargs.setdefault("name", "free")
+        return FreeExperts(tuple(self.free), self.num_experts, self.dtypes, **kwargs)
+
+    def _route(self, rows, mask, train, below, shape) -> tuple[RoutePlan, Any, dict[str, Array]]:
+        """Plan, losses and what goes up."""
+        router = self._router(name="router")
+        wanted = self.below_like(1, 1)
+        if not wanted:
+            return (*router(rows, mask, train), {})
+        flat = None
+        if below is not None:
+            flat = {n: below[n].reshape(-1, *below[n].shape[2:]) for n in wanted}
+        plan, losses, *rest = router(rows, mask, train, flat)
+        up = rest[0] if rest else {}
+        return plan, losses, {n: v.reshape(*shape, *v.shape[1:]) for n, v in up.items()}
+
+    def below_like(self, batch: int, length: int) -> dict[str, Array]:
+        """What the router wants handed up from the layer below, as the first layer sees it; leaves [b t ...]."""
+        like = getattr(self._router(parent=None), "below_like", None)
+        found = {} if like is None else like(batch * length)
+        return {n: v.reshape(batch, length, *v.shape[1:]) for n, v in found.items()}
+
+    def _shared(self, x, mask, train) -> tuple[Array, Aux]:
+        check_factory(self.shared, "MoE.shared")
+        y, aux = self.shared(name="shared", dtypes=self.dtypes)(x, mask, train=train)  # type: ignore[misc]
+        if self.shared_gate:
+            zeros = nn.initializers.zeros_init()
+            gate = param(self, "shared_gate", zeros, (x.shape[-1], 1), ("embed", "router"))
+            score = jnp.einsum("btd,do->bto", x.astype(jnp.float32), gate.astype(jnp.float32))
+            y = y * jax.nn.sigmoid(score).astype(y.dtype)
+        return y, aux
+
+    def _limited(self, plan: RoutePlan) -> tuple[RoutePlan, Array]:
+        """With free experts under a capacity: the plan without what is dropped, and how many slots that are."""
+        if not self.free or self.dispatch != "capacity":
+            return plan, jnp.int32(0)
+        slots = jnp.asarray(self._mixed(plan.keep.size), jnp.int32)
+        return dispatch.limit(plan, slots, self.priority)
+
+    def _mixed(self, assignments: int) -> tuple[int, ...]:
+        weights = (self.free_weight,) * self.num_experts + (1.0,) * len(self.free)
+        return heterogeneous_slots(assignments, weights, self.capacity_factor)
+
+    def _run(self, plan: RoutePlan, rows: Array, bank: Any) -> tuple[Array, Array, Array]:
         """Dispatch and experts, on each device's own rows under a mesh (weights gathered whole)."""
+        leaves, treedef = jax.tree.flatten((plan, bank))
 
-        def local(experts, weights, keep, rows, gate, up, down):
-            plan = RoutePlan(experts, weights, keep)
-            cast = SwiGLUBank(*(w.astype(rows.dtype) for w in (gate, up, down)))
-            y, stats = self._dispatch(plan, rows, cast)
+        def local(rows, *leaves):
+            plan, bank = jax.tree.unflatten(treedef, leaves)
+            y, stats = self._dispatch(
+                plan, rows, jax.tree.map(lambda w: w.astype(rows.dtype), bank)
+            )
             return y, stats.executed[None], stats.dropped[None]
 
-        row, whole = ("rows", None), (None, None, None)
-        run = local_op(
-            local, [row, row, row, row, whole, whole, whole], (row, ("rows",), ("rows",))
-        )
-        y, executed, dropped = run(experts, weights, keep, rows, *bank)
+        split = lambda leaf: ("rows", *(None,) * (leaf.ndim - 1))
+        whole = lambda leaf: (None,) * leaf.ndim
+        names = [*map(split, jax.tree.leaves(plan)), *map(whole, jax.tree.leaves(bank))]
+        run = local_op(local, [split(rows), *names], (split(rows), ("rows",), ("rows",)))
+        y, executed, dropped = run(rows, *leaves)
         total = lambda counts: jnp.sum(counts, dtype=jnp.int32)  # noqa: E731
         return y, total(executed), total(dropped)
 
-    def _dispatch(self, plan: RoutePlan, rows: Array, bank: SwiGLUBank):
+    def _dispatch(self, plan: RoutePlan, rows: Array, bank: Any):
         if self.dispatch != "capacity":
             return getattr(dispatch, self.dispatch)(plan, rows, bank, self.num_experts)
-        even = rows.shape[0] * plan.experts.shape[1] / self.num_experts
-        slots = max(1, math.ceil(self.capacity_factor * even))
-        return dispatch.capacity(plan, rows, bank, self.num_experts, min(slots, rows.shape[0]))
+        n, k = plan.experts.shape
+        slots = self._mixed(n * k)[0] if self.free else self.slots(n, k)
+        return dispatch.capacity(plan, rows, bank, self.num_experts, min(slots, n), self.priority)
+
+    def slots(self, rows: int, k: int) -> int:
+        """Rows an expert takes at most under the capacity dispatch, of ``rows`` with k choices each."""
+        return slots_per_expert(
+            rows,
+            self.num_experts,
+            k,
+            self.capacity_factor,
+            counts_k=self.capacity_counts_k,
+            rounding=self.capacity_rounding,
+            multiple=self.capacity_multiple,
+        )
 
     def cost(self, d_model: int) -> dict[str, dict[str, Cost]]:
-        """Prices of scoring a row and of one row through one expert."""
-        router = self.router(parent=None, num_experts=self.num_experts, dtypes=self.dtypes)
-        moved = (2 * d_model + self.hidden) * self.dtypes.compute_itemsize
-        experts = {"rows": Cost(6 * d_model * self.hidden, moved)}
-        return {"router": router.cost(d_model), "experts": experts}
+        """Prices of scoring a row, of one row through one expert, and of what every row passes."""
+        table = {
+            "router": self._router(parent=None).cost(d_model),
+            "experts": {"rows": self.bank.cost(d_model, self.hidden, self.dtypes)},
+        }
+        if self.dispatch == "capacity":
+            table["dropped"] = {"rows": Cost(0)}
+        if self.free:
+            table["free"] = {"rows": self._free(parent=None, name=None).cost(d_model)}
+        if self.shared is not None:
+            table["shared"] = self.shared(parent=None, dtypes=self.dtypes).cost(d_model)
+        return table

@@ -1,6 +1,7 @@
 """A pre-norm residual block with two seams: what mixes positions, and what acts on each."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -44,10 +45,12 @@ class Block(nn.Module):
         cache: Any = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
+        below: Mapping[str, Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Runs the block; side results nest under ``mixer`` and ``ffn``.
 
-        ``capture=("hidden",)`` puts the block's output into the plans.
+        ``capture=("hidden",)`` puts the block's output into the plans. ``below`` is what the blocks below hand up
+        (`below_like` at first); ``Aux.below`` is the same with this block's share renewed.
         """
         mixer = self.mixer(name="mixer", dtypes=self.dtypes)
         ffn = self.ffn(name="ffn", dtypes=self.dtypes)
@@ -56,12 +59,18 @@ class Block(nn.Module):
             self._norm("mixer_norm")(x), positions, mask, own, train=train, capture=capture
         )
         x = constrain(x + y, ACTIVATION)
-        y, fed = ffn(self._norm("ffn_norm")(x), mask, train=train, capture=capture)
+        handed = {"below": below} if self.below_like(1, 1) else {}
+        y, fed = ffn(self._norm("ffn_norm")(x), mask, train=train, capture=capture, **handed)
         x = constrain(x + y, ACTIVATION)
-        aux = nest(mixer=mixed, ffn=fed)
+        aux = dataclasses.replace(nest(mixer=mixed, ffn=fed), below={**(below or {}), **fed.below})
         if "hidden" in capture:
             aux = dataclasses.replace(aux, plans={**aux.plans, "hidden": x})
         return x, aux
+
+    def below_like(self, batch: int, length: int) -> dict[str, Array]:
+        """What the ffn unit wants handed up, as the first block sees it; empty for most units."""
+        like = getattr(self.ffn(parent=None, dtypes=self.dtypes), "below_like", None)
+        return {} if like is None else like(batch, length)
 
     def _norm(self, name: str) -> Norm:
         return Norm(kind=self.norm, eps=self.eps, dtypes=self.dtypes, name=name)

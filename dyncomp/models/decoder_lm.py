@@ -1,5 +1,6 @@
 """A decoder-only language model (the Llama layout: RMSNorm, RoPE, grouped-query attention, gated FFN)."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,14 @@ from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import constrain, param
 from dyncomp.core.typing import Array, Float, Int
 from dyncomp.models.block import ACTIVATION
-from dyncomp.models.group import Execution, Group, GroupStack, Remat, check_execution
+from dyncomp.models.group import (
+    Execution,
+    Group,
+    GroupStack,
+    Remat,
+    check_execution,
+    first_below,
+)
 from dyncomp.models.norm import Norm, NormKind
 
 
@@ -87,10 +95,12 @@ class DecoderLM(nn.Module):
         needed = tokens.size if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
         seen = count(needed, tokens.size)
         parts = {"embed": Aux(events={"tokens": seen})}
+        below = self._below(tokens)
         for index, stack in enumerate(self.group):
             name = f"group_{index}"
             own = None if cache is None else cache[name]
-            x, parts[name] = stack(x, positions, mask, own, train, capture)
+            x, aux = stack(x, positions, mask, own, train, capture, below)
+            below, parts[name] = aux.below, dataclasses.replace(aux, below={})
         parts["head"] = Aux(events={"tokens": seen})
         return self.classify(x), nest(**parts)
 
@@ -102,6 +112,11 @@ class DecoderLM(nn.Module):
             "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
         )
         return constrain(logits, ("batch", "seq", "vocab"))
+
+    def _below(self, tokens: Int[Array, "b t"]) -> dict[str, Array]:
+        """What the first block finds handed up: token ids where a router wants them, zeros for the rest."""
+        found = first_below(self._stacks(parent=None), *tokens.shape)
+        return {**found, "tokens": tokens} if "tokens" in found else found
 
     def _check_length(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:

@@ -61,14 +61,16 @@ class Period(nn.Module):
     def setup(self):  # noqa: D102
         self.block = [make(dtypes=self.dtypes) for make in self.blocks]
 
-    def __call__(self, x, positions, mask, cache, train, capture) -> tuple[Array, Aux]:
-        """Runs the blocks in order; side results nest under ``block_j``."""
+    def __call__(self, x, below, positions, mask, cache, train, capture) -> tuple[Array, Any, Aux]:
+        """Runs the blocks in order; side results nest under ``block_j``. Returns x, what goes up, and the rest."""
         parts = {}
         for index, block in enumerate(self.block):
             name = f"block_{index}"
             own = None if cache is None else cache[name]
-            x, parts[name] = block(x, positions, mask, own, train=train, capture=capture)
-        return x, nest(**parts)
+            handed = {"below": below} if below else {}
+            x, aux = block(x, positions, mask, own, train=train, capture=capture, **handed)
+            below, parts[name] = aux.below, dataclasses.replace(aux, below={})
+        return x, below, nest(**parts)
 
 
 class GroupStack(nn.Module):
@@ -96,14 +98,18 @@ class GroupStack(nn.Module):
         return self.execution == "scan" or self.is_initializing()
 
     def __call__(
-        self, x, positions=None, mask=None, cache=None, train=False, capture=()
+        self, x, positions=None, mask=None, cache=None, train=False, capture=(), below=None
     ) -> tuple[Array, Aux]:
-        """Runs all repetitions; every leaf of losses, events and plans gets a leading axis [repeat]."""
+        """Runs all repetitions; every leaf of losses, events and plans gets a leading axis [repeat].
 
-        def body(period: Period, x: Array, cache: Any) -> tuple[Array, Aux]:
-            return period(x, positions, mask, cache, train, tuple(capture))
+        ``below`` is carried from block to block and comes back as ``Aux.below``, without such an axis.
+        """
 
-        own = cache or {}
+        def body(period: Period, carry: tuple[Array, Any], cache: Any) -> tuple[Any, Aux]:
+            x, up, aux = period(*carry, positions, mask, cache, train, tuple(capture))
+            return (x, up), aux
+
+        own, carry = cache or {}, (x, dict(below or {}))
         if self.scanned:
             body = self._remat(body, prevent_cse=False)
             scan = nn.scan(
@@ -113,16 +119,15 @@ class GroupStack(nn.Module):
                 length=self.group.repeat,
                 metadata_params={nn.PARTITION_NAME: STACKED},
             )
-            x, aux = scan(self.layers, x, own.get(STACKED))
-            return x, aux if aux.cache is None else dataclasses.replace(
-                aux, cache={STACKED: aux.cache}
-            )
+            (x, up), aux = scan(self.layers, carry, own.get(STACKED))
+            kept = None if aux.cache is None else {STACKED: aux.cache}
+            return x, dataclasses.replace(aux, cache=kept, below=up)
         body = self._remat(body, prevent_cse=True)
         parts = []
         for index, period in enumerate(self.layers):
-            x, part = body(period, x, own.get(f"{STACKED}_{index}"))
+            carry, part = body(period, carry, own.get(f"{STACKED}_{index}"))
             parts.append(part)
-        return x, join(parts)
+        return carry[0], dataclasses.replace(join(parts), below=carry[1])
 
     def _remat(self, body: Callable, *, prevent_cse: bool) -> Callable:
         if self.remat == "none":
@@ -137,6 +142,24 @@ class GroupStack(nn.Module):
             raise DyncompError("single blocks run on separate weights; set layers='unroll'")
         layer, block = divmod(index, len(self.group.blocks))
         return self.layers[layer].block[block](x)
+
+    def below_like(self, batch: int, length: int) -> dict[str, Any]:
+        """What the blocks hand up, as the first one sees it.
+
+        Raises:
+          DyncompError: two blocks hand up the same name in different shapes.
+        """
+        found: dict[str, Any] = {}
+        for make in self.group.blocks:
+            like = getattr(make(parent=None, dtypes=self.dtypes), "below_like", None)
+            for name, value in ({} if like is None else like(batch, length)).items():
+                if name in found and found[name].shape != value.shape:
+                    raise DyncompError(
+                        f"blocks hand up {name!r} as {found[name].shape} and {value.shape}; give both layers"
+                        " equally many experts"
+                    )
+                found[name] = value
+        return found
 
     @property
     def depth(self) -> int:
@@ -162,6 +185,24 @@ class GroupStack(nn.Module):
         if self.execution == "scan":
             return {STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
         return {f"{STACKED}_{index}": layer for index, layer in enumerate(layers)}
+
+
+def first_below(stacks: Sequence[GroupStack], batch: int, length: int) -> dict[str, Any]:
+    """What the first block of a whole model finds handed up from below.
+
+    Raises:
+      DyncompError: groups hand up the same name in different shapes.
+    """
+    found: dict[str, Any] = {}
+    for stack in stacks:
+        for name, value in stack.below_like(batch, length).items():
+            if name in found and found[name].shape != value.shape:
+                raise DyncompError(
+                    f"groups hand up {name!r} as {found[name].shape} and {value.shape}; give all layers equally"
+                    " many experts"
+                )
+            found[name] = value
+    return found
 
 
 def join(parts: Sequence[Aux]) -> Aux:

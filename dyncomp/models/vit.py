@@ -15,7 +15,14 @@ from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import constrain, param
 from dyncomp.core.typing import Array, Float
 from dyncomp.models.block import ACTIVATION
-from dyncomp.models.group import Execution, Group, GroupStack, Remat, check_execution
+from dyncomp.models.group import (
+    Execution,
+    Group,
+    GroupStack,
+    Remat,
+    check_execution,
+    first_below,
+)
 from dyncomp.models.norm import Norm, NormKind
 
 Pool = Literal["cls", "mean"]
@@ -150,8 +157,12 @@ class VisionTransformer(nn.Module):
         real = b if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
         seen = count(real, b)
         parts = {"embed": Aux(events={"images": seen})}
+        below = first_below(self._stacks(parent=None), b, t)
+        if "tokens" in below:
+            raise DyncompError("images have no token ids to hash: use another router than Hash")
         for index, stack in enumerate(self.group):
-            x, parts[f"group_{index}"] = stack(x, None, tokens, None, train, capture)
+            x, aux = stack(x, None, tokens, None, train, capture, below)
+            below, parts[f"group_{index}"] = aux.below, dataclasses.replace(aux, below={})
         parts["head"] = Aux(events={"images": seen})
         return x, nest(**parts)
 

@@ -28,11 +28,13 @@ def train_step(run: Run, stage: Stage, tx: optax.GradientTransformation) -> Step
 
     def step(state: TrainState, batch: Mapping[str, Any], seed: Any):
         keys = rng.streams(seed, state.step)
-        grads, out = _gradients(run, stage, objective, state, batch, keys)
+        grads, (out, controls) = _gradients(run, stage, objective, state, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, run.ema)
-        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        new = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, ema=ema, controls=controls
+        )
         elements = jnp.sum(batch["mask"] > 0, dtype=jnp.int32)
         return new, {**out, "grad_norm": optax.tree.norm(grads), "elements": elements}
 
@@ -50,9 +52,13 @@ def _gradients(
 ):
     def loss_fn(params: Any, batch: Any, keys: Any):
         variables = {"params": hold(params, stage.trainable), "controls": state.controls}
-        output, aux = apply(run.model, variables, batch["inputs"], train=True, rngs=keys)
+        (output, aux), updates = apply(
+            run.model, variables, batch["inputs"], train=True, rngs=keys, mutable=["controls"]
+        )
         loss, metrics = objective(output, aux, batch, state.step)
-        return loss, {"loss": loss, "metrics": metrics, "events": aux.events}
+        # Modules may move their controls (a balancing bias): what comes back is the next step's.
+        controls = updates.get("controls", state.controls)
+        return loss, ({"loss": loss, "metrics": metrics, "events": aux.events}, controls)
 
     grad = jax.grad(loss_fn, has_aux=True)
     if run.accumulate == 1:
@@ -71,13 +77,20 @@ def _accumulated(grad: Any, params: Any, batch: Any, keys: Any, parts: int):
     def body(total: Any, xs: Any):
         index, weight, part = xs
         own = {name: jax.random.fold_in(key, index) for name, key in keys.items()}
-        grads, out = grad(params, part, own)
+        grads, (out, controls) = grad(params, part, own)
         total = jax.tree.map(lambda a, g: a + (weight * g).astype(a.dtype), total, grads)
-        return total, {**out, "loss": out["loss"] * weight}
+        return total, ({**out, "loss": out["loss"] * weight}, controls)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, outs = jax.lax.scan(body, zeros, (jnp.arange(parts), weights, split))
-    return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), outs)
+    grads, (outs, moved) = jax.lax.scan(body, zeros, (jnp.arange(parts), weights, split))
+    controls = jax.tree.map(_middle, moved)
+    return grads, (jax.tree.map(lambda x: jnp.sum(x, axis=0), outs), controls)
+
+
+def _middle(values: Any) -> Any:
+    """Mean over the parts of what each part made of a control; integers are not moved by training."""
+    whole = jnp.issubdtype(values.dtype, jnp.integer)
+    return values[0] if whole else jnp.mean(values, axis=0)
 
 
 def eval_step(run: Run) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:

@@ -84,7 +84,7 @@ def test_events_of_padding_and_cost_keys():
     assert int(aux.events["router"]["rows"].executed) == B * T
     rows = aux.events["experts"]["rows"]
     assert int(rows.needed) == int(np.asarray(aux.plans["route"].keep).reshape(-1, E)[:11].sum())
-    assert int(rows.executed) >= int(rows.needed) and int(rows.executed) % 16 == 0
+    assert int(rows.executed) >= int(rows.needed)
     assert moe.apply(variables, X, mask)[1].plans == {}
     assert moe.cost(D)["experts"]["rows"].flops == 6 * D * F
 

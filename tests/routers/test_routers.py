@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dyncomp.core import choose
 from dyncomp.core.errors import DyncompError
 from dyncomp.routers import Random, TopK, TopP, balance_loss, entropy_loss
 
@@ -86,7 +87,7 @@ def test_entropy_gradient_closed_form_and_shift():
 
 
 def test_balance_by_hand():
-    plan = TopK(num_experts=2, k=1).choose(q := jnp.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]))
+    plan = choose.top_k(q := jnp.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), 1)
     expected = 2 * (2 / 3 * (1.7 / 3) + 1 / 3 * (1.3 / 3))
     np.testing.assert_allclose(
         balance_loss(q, plan.replace(weights=plan.weights)), expected, rtol=1e-6
