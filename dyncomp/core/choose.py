@@ -97,7 +97,7 @@ def expert_choice(
 def best_groups(
     scores: Float[Array, "n e"], groups: int, keep: int, *, best: int = 2
 ) -> Bool[Array, "n e"]:
-    """Which alternatives are in the ``keep`` groups whose ``best`` highest scores sum to most (DeepSeek-V3, sec. 2.1.2).
+    """Which alternatives are in the ``keep`` groups whose ``best`` highest scores sum to most (DeepSeek-V3).
 
     Alternatives are split into equal, consecutive groups. Mask the others with -inf, not 0: scores may be negative.
     """

@@ -27,8 +27,8 @@ Dispatch = Literal["dropless", "mask", "capacity", "gather"]
 class MoE(nn.Module):
     """Routes each token to some of e experts and adds up their weighted outputs.
 
-    Events: ``router/rows``; ``experts/rows`` (row-expert pairs; executed ones include block padding, unused capacity and
-    masked work); ``dropped/rows`` (free of charge) where a capacity limits; ``free/rows`` and ``shared/tokens`` where
+    Events: ``router/rows``; ``experts/rows`` (row-expert pairs; executed ones include block padding, unused capacity
+    and masked work); ``dropped/rows`` (free of charge) where a capacity limits; ``free/rows`` and ``shared/tokens`` where
     there are such experts. Plans (captured): ``route``, and ``load`` int32 [e], the rows each expert is chosen for.
 
     Attributes:
@@ -86,7 +86,7 @@ class MoE(nn.Module):
         y, executed, dropped = self._run(own, rows, self.bank.create(self, *self._sizes(d)))
         seen = b * t if row_mask is None else jnp.sum(row_mask.astype(bool), dtype=jnp.int32)
         needed = jnp.sum(own.keep, dtype=jnp.int32) - dropped
-        events = {
+        events: dict[str, Any] = {
             "router": {"rows": count(seen, b * t)},
             "experts": {"rows": count(needed, executed)},
         }
