@@ -69,7 +69,7 @@ def gather(
     del num_experts
     rows = jnp.broadcast_to(x[:, None, :], (*plan.experts.shape, x.shape[1]))
     outputs = bank.gathered(rows, plan.experts)
-    return _combine(outputs, plan), Stats(jnp.int32(plan.experts.size), jnp.int32(0))
+    return combine(outputs, plan), Stats(jnp.int32(plan.experts.size), jnp.int32(0))
 
 
 def dropless(
@@ -79,12 +79,12 @@ def dropless(
     order, place, sizes = sort_slots(plan, num_experts)
     order = order[: plan.bound]
     place = jnp.minimum(place, order.shape[0] - 1)
-    rows = _take(x, order // plan.experts.shape[1], place.reshape(plan.keep.shape), plan.keep)
+    rows = take(x, order // plan.experts.shape[1], place.reshape(plan.keep.shape), plan.keep)
     outputs = bank.grouped(rows, sizes)
-    slots = _take(outputs, place, order[:, None], plan.keep.reshape(-1)[order][:, None])
+    slots = take(outputs, place, order[:, None], plan.keep.reshape(-1)[order][:, None])
     slots = slots.reshape(*plan.experts.shape, -1)
     executed = bank.executed(sizes, rows.shape[0])
-    return _combine(slots, plan), Stats(executed, jnp.int32(0))
+    return combine(slots, plan), Stats(executed, jnp.int32(0))
 
 
 Priority = Literal["row", "choice", "score"]
@@ -112,14 +112,14 @@ def capacity(
     slot = order[jnp.minimum(starts[:, None] + places, order.shape[0] - 1)].reshape(-1)
     flat = plan.experts.reshape(-1) * slots + jnp.clip(rank, 0, slots - 1)
     back = flat.reshape(plan.keep.shape), served.reshape(plan.keep.shape)
-    rows = _take(x, slot // plan.experts.shape[1], *back)
+    rows = take(x, slot // plan.experts.shape[1], *back)
     outputs = bank.batched(rows.reshape(num_experts, slots, -1))
     filled = (places < sizes[:, None]).reshape(-1, 1)
-    chosen = _take(outputs.reshape(-1, outputs.shape[-1]), flat, slot[:, None], filled)
+    chosen = take(outputs.reshape(-1, outputs.shape[-1]), flat, slot[:, None], filled)
     chosen = chosen.reshape(*plan.experts.shape, -1)
     dropped = jnp.sum(plan.keep, dtype=jnp.int32) - jnp.sum(served, dtype=jnp.int32)
     kept = plan.only(served.reshape(plan.keep.shape))
-    return _combine(chosen, kept), Stats(jnp.int32(num_experts * slots), dropped)
+    return combine(chosen, kept), Stats(jnp.int32(num_experts * slots), dropped)
 
 
 def limit(
@@ -169,7 +169,7 @@ def _in_turn(plan: RoutePlan, priority: Priority) -> Int[Array, "m"]:
 
 
 @jax.custom_vjp
-def _take(
+def take(
     x: Float[Array, "n d"],
     index: Int[Array, "m"],
     back: Int[Array, "n r"],
@@ -193,10 +193,10 @@ def _take_backward(kept: Any, cotangent: Array) -> tuple[Array, None, None, None
     return jnp.sum(parts, axis=1), None, None, None
 
 
-_take.defvjp(_take_forward, _take_backward)
+take.defvjp(_take_forward, _take_backward)
 
 
-def _combine(slots: Float[Array, "n k o"], plan: RoutePlan) -> Float[Array, "n o"]:
+def combine(slots: Float[Array, "n k o"], plan: RoutePlan) -> Float[Array, "n o"]:
     """Weighted sum over the kept slots; what an unused slot holds never matters (not even NaN)."""
     weights = jnp.where(plan.keep, plan.weights, 0.0).astype(slots.dtype)
     slots = jnp.where(plan.keep[..., None], slots, 0)
