@@ -1,8 +1,20 @@
 """Feed-forward units: dense ones and mixtures of experts (the ffn seam)."""
 
 from dyncomp.experts.bank import MLPBank, SwiGLUBank
+from dyncomp.experts.convert import SliceDense, UpcycleDense
 from dyncomp.experts.ffn import MLP, SwiGLU
 from dyncomp.experts.free import FreeExperts
 from dyncomp.experts.moe import MoE
+from dyncomp.experts.sliced import SlicedFFN
 
-__all__ = ["MLP", "FreeExperts", "MLPBank", "MoE", "SwiGLU", "SwiGLUBank"]
+__all__ = [
+    "FreeExperts",
+    "MLP",
+    "MLPBank",
+    "MoE",
+    "SliceDense",
+    "SlicedFFN",
+    "SwiGLU",
+    "SwiGLUBank",
+    "UpcycleDense",
+]

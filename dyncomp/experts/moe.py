@@ -17,8 +17,10 @@ from dyncomp.core.ledger import Cost
 from dyncomp.core.plans import RoutePlan
 from dyncomp.core.sharding import local_op, param
 from dyncomp.core.typing import Array, Factory, Float, check_factory
+from dyncomp.experts import exchange as exchanges
 from dyncomp.experts.bank import SwiGLUBank
 from dyncomp.experts.capacity import Rounding, heterogeneous_slots, slots_per_expert
+from dyncomp.experts.exchange import Exchange, Layout
 from dyncomp.experts.free import FreeExperts, Kind, check_kinds
 
 Dispatch = Literal["dropless", "mask", "capacity", "gather"]
@@ -29,7 +31,8 @@ class MoE(nn.Module):
 
     Events: ``router/rows``; ``experts/rows`` (row-expert pairs; executed ones include block padding, unused capacity
     and masked work); ``dropped/rows`` (free of charge) where a capacity limits; ``free/rows`` and ``shared/tokens`` where
-    there are such experts. Plans (captured): ``route``, and ``load`` int32 [e], the rows each expert is chosen for.
+    there are such experts. Plans (captured): ``route`` (slots of experts with a network), ``load`` int32
+    [e] (rows each expert is chosen for, free ones last) and ``free`` float32 [n free] (the gates of free experts).
 
     Attributes:
       router: factory, called with ``num_experts``, those without a network included.
@@ -44,7 +47,10 @@ class MoE(nn.Module):
       dispatch: "dropless" (kept slots only), "mask" (everything; the reference), "capacity" (drops what is above
         `capacity.slots_per_expert`), "gather" (few rows).
       capacity_factor, capacity_counts_k, capacity_rounding, capacity_multiple: see `capacity.slots_per_expert`.
+      capacity_slots: slots per expert and device; None follows the factor.
       priority: who is dropped last, see `dyncomp.core.dispatch.Priority`.
+      exchange: with experts split over devices, what moves between them under "dropless" and "capacity"; the other
+        dispatches gather all weights on every device.
     """
 
     router: Factory
@@ -60,7 +66,9 @@ class MoE(nn.Module):
     capacity_counts_k: bool = True
     capacity_rounding: Rounding = "up"
     capacity_multiple: int = 1
+    capacity_slots: int | None = None
     priority: Priority = "row"
+    exchange: Exchange = Exchange()
     dtypes: DTypes = DTypes()
 
     @nn.compact
@@ -90,7 +98,7 @@ class MoE(nn.Module):
             "router": {"rows": count(seen, b * t)},
             "experts": {"rows": count(needed, executed)},
         }
-        if self.dispatch == "capacity":
+        if self._limits:
             events["dropped"] = {"rows": count(dropped + limited)}
         if self.free:
             y = y + self._free()(rows, plan)
@@ -99,18 +107,21 @@ class MoE(nn.Module):
         if self.shared is not None:
             more, aux = self._shared(x, mask, train)
             y, events["shared"] = y + more, aux.events
-        plans = {}
+        plans: dict[str, Any] = {}
         if "plan" in capture:
-            plans = {
-                "route": dataclasses.replace(plan, priority=None),
-                "load": plan.load(self.total),
-            }
+            plans = {"route": own, "load": plan.load(self.total)}
+            if self.free:
+                plans["free"] = plan.one_hot(self.total)[:, self.num_experts :]
         return y, Aux(losses, events, plans, below=up)
 
     @property
     def total(self) -> int:
         """All experts, those without a network included."""
         return self.num_experts + len(self.free)
+
+    @property
+    def _limits(self) -> bool:
+        return self.dispatch == "capacity" or self.exchange.pair_factor is not None
 
     def _sizes(self, d: int) -> tuple[int, int, int, str]:
         return self.num_experts, d, self.hidden, self.dtypes.param
@@ -185,33 +196,40 @@ class MoE(nn.Module):
         return heterogeneous_slots(assignments, weights, self.capacity_factor)
 
     def _run(self, plan: RoutePlan, rows: Array, bank: Any) -> tuple[Array, Array, Array]:
-        """Dispatch and experts, on each device's own rows under a mesh (weights gathered whole)."""
+        """Dispatch and experts, on each device's own rows under a mesh; rows or weights travel (`Exchange`)."""
         leaves, treedef = jax.tree.flatten((plan, bank))
+        travels = self.dispatch in ("dropless", "capacity")
+        where = exchanges.layout(self.exchange, self.num_experts) if travels else None
 
         def local(rows, *leaves):
             plan, bank = jax.tree.unflatten(treedef, leaves)
-            y, stats = self._dispatch(
-                plan, rows, jax.tree.map(lambda w: w.astype(rows.dtype), bank)
-            )
+            bank = jax.tree.map(lambda w: w.astype(rows.dtype), bank)
+            y, stats = self._dispatch(plan, rows, bank, where)
             return y, stats.executed[None], stats.dropped[None]
 
         split = lambda leaf: ("rows", *(None,) * (leaf.ndim - 1))
-        whole = lambda leaf: (None,) * leaf.ndim
-        names = [*map(split, jax.tree.leaves(plan)), *map(whole, jax.tree.leaves(bank))]
+        axes = [bank.axes[field.name] for field in dataclasses.fields(bank)]
+        whole = lambda names: (None,) * len(names)
+        names = [*map(split, jax.tree.leaves(plan)), *map(where.names if where else whole, axes)]
         run = local_op(local, [split(rows), *names], (split(rows), ("rows",), ("rows",)))
         y, executed, dropped = run(rows, *leaves)
         total = lambda counts: jnp.sum(counts, dtype=jnp.int32)  # noqa: E731
         return y, total(executed), total(dropped)
 
-    def _dispatch(self, plan: RoutePlan, rows: Array, bank: Any):
+    def _dispatch(self, plan: RoutePlan, rows: Array, bank: Any, where: Layout | None = None):
+        if self.dispatch == "dropless" and where:
+            return exchanges.dropless(plan, rows, bank, self.num_experts, where)
         if self.dispatch != "capacity":
             return getattr(dispatch, self.dispatch)(plan, rows, bank, self.num_experts)
         n, k = plan.experts.shape
         slots = self._mixed(n * k)[0] if self.free else self.slots(n, k)
-        return dispatch.capacity(plan, rows, bank, self.num_experts, min(slots, n), self.priority)
+        args = plan, rows, bank, self.num_experts, min(slots, n), self.priority
+        return exchanges.capacity(*args, where) if where else dispatch.capacity(*args)
 
     def slots(self, rows: int, k: int) -> int:
         """Rows an expert takes at most under the capacity dispatch, of ``rows`` with k choices each."""
+        if self.capacity_slots is not None:
+            return self.capacity_slots
         return slots_per_expert(
             rows,
             self.num_experts,
@@ -228,7 +246,7 @@ class MoE(nn.Module):
             "router": self._router(parent=None).cost(d_model),
             "experts": {"rows": self.bank.cost(d_model, self.hidden, self.dtypes)},
         }
-        if self.dispatch == "capacity":
+        if self._limits:
             table["dropped"] = {"rows": Cost(0)}
         if self.free:
             table["free"] = {"rows": self._free(parent=None, name=None).cost(d_model)}
