@@ -18,15 +18,20 @@ from dyncomp.core.typing import Array, Bool, Float, Int
 
 
 @runtime_checkable
-class Bank(Protocol):
+class Batched(Protocol):
+    """Alternatives (experts) as a pure function of equally many rows each: all that a capacity needs."""
+
+    def batched(self, rows: Array) -> Array:
+        """[e c d] -> [e c o]: c rows for each alternative."""
+        ...
+
+
+@runtime_checkable
+class Bank(Batched, Protocol):
     """Alternatives (experts) as pure functions of rows."""
 
     def grouped(self, rows: Array, group_sizes: Array) -> Array:
         """[m d], int32 [e] -> [m o]: contiguous rows of each alternative in order; rows past the last are ignored."""
-        ...
-
-    def batched(self, rows: Array) -> Array:
-        """[e c d] -> [e c o]: c rows for each alternative."""
         ...
 
     def gathered(self, rows: Array, experts: Array) -> Array:
@@ -95,7 +100,7 @@ the order of ``plan.priority`` (batch-prioritised routing, Riquelme et al. 2021)
 def capacity(
     plan: RoutePlan,
     x: Float[Array, "n d"],
-    bank: Bank,
+    bank: Batched,
     num_experts: int,
     slots: int,
     priority: Priority = "row",

@@ -2,12 +2,14 @@
 
 from dyncomp.experts.bank import MLPBank, SwiGLUBank
 from dyncomp.experts.convert import SliceDense, UpcycleDense
+from dyncomp.experts.exchange import Exchange
 from dyncomp.experts.ffn import MLP, SwiGLU
 from dyncomp.experts.free import FreeExperts
 from dyncomp.experts.moe import MoE
 from dyncomp.experts.sliced import SlicedFFN
 
 __all__ = [
+    "Exchange",
     "FreeExperts",
     "MLP",
     "MLPBank",

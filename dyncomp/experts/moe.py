@@ -18,6 +18,7 @@ from dyncomp.core.plans import RoutePlan
 from dyncomp.core.sharding import local_op, param
 from dyncomp.core.typing import Array, Factory, Float, check_factory
 from dyncomp.experts import exchange as exchanges
+from dyncomp.experts import remote
 from dyncomp.experts.bank import SwiGLUBank
 from dyncomp.experts.capacity import Rounding, heterogeneous_slots, slots_per_expert
 from dyncomp.experts.exchange import Exchange, Layout
@@ -218,13 +219,13 @@ class MoE(nn.Module):
 
     def _dispatch(self, plan: RoutePlan, rows: Array, bank: Any, where: Layout | None = None):
         if self.dispatch == "dropless" and where:
-            return exchanges.dropless(plan, rows, bank, self.num_experts, where)
+            return remote.dropless(plan, rows, bank, self.num_experts, where)
         if self.dispatch != "capacity":
             return getattr(dispatch, self.dispatch)(plan, rows, bank, self.num_experts)
         n, k = plan.experts.shape
         slots = self._mixed(n * k)[0] if self.free else self.slots(n, k)
         args = plan, rows, bank, self.num_experts, min(slots, n), self.priority
-        return exchanges.capacity(*args, where) if where else dispatch.capacity(*args)
+        return remote.capacity(*args, where) if where else dispatch.capacity(*args)
 
     def slots(self, rows: int, k: int) -> int:
         """Rows an expert takes at most under the capacity dispatch, of ``rows`` with k choices each."""
