@@ -2,7 +2,8 @@
 
 XLA's text is not an interface, so only what has been stable for years is read: one instruction a line, shapes in front
 of the operation, channel numbers, custom call targets, computations by name. A collective that the compiler split into
-a start, fused steps and a done keeps one channel number and counts once.
+a start, fused steps and a done keeps one channel number and counts once. Channel 1 is shared by all that were written
+inside a `shard_map`: those count one by one, but for fused steps.
 """
 
 import dataclasses
@@ -50,12 +51,14 @@ def collectives(text: str) -> dict[str, Traffic]:
     """Traffic by kind."""
     computations = _computations(text)
     times = _executions(computations)
+    fused = {f for lines in computations.values() for _, line in lines for f in _fusions(line)}
     best: dict[tuple[str, str], tuple[int, int]] = {}
     for name, lines in computations.items():
         for label, line in lines:
             if found := _COLLECTIVE.search(line):
                 channel = re.search(r"channel_id=(\d+)", line)
-                key = (found.group(1), channel.group(1) if channel else label)
+                alone = channel is None or (channel.group(1) == "1" and name not in fused)
+                key = (found.group(1), label if alone else channel.group(1))
                 size = (times.get(name, 1), _result_bytes(line[: found.start()]))
                 best[key] = max(best.get(key, (0, 0)), size)
     out: dict[str, Traffic] = {}
@@ -89,6 +92,10 @@ def _computations(text: str) -> dict[str, list[tuple[str, str]]]:
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.append((found.group(1), found.group(2)))
     return out
+
+
+def _fusions(line: str) -> Iterator[str]:
+    return _called(line) if " fusion(" in line else iter(())
 
 
 def _called(line: str) -> Iterator[str]:
