@@ -123,7 +123,7 @@ def bytes_each_way(
     With ``slots`` (a capacity): e * slots * d * itemsize, slots rounded up to ``chunks``. Without: W *
     `Layout.pair_slots` * d * itemsize; the ragged form sends the kept slots only, at most rows * k * d * itemsize.
     Twice that where ``inner`` is above 1. (W - 1) / W of it leaves the device. A layer has two forward and two
-    backward; the dropless form sends (e + W) * 4 bytes of counts more, once.
+    backward; the dropless form sends e * 4 bytes of counts more, once, and the ragged one W * 4 of offsets.
 
     Args:
       rows: of the device, with k choices each, ``width`` numbers of ``itemsize`` bytes.
