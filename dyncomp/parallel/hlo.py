@@ -132,11 +132,22 @@ def _trip_count(line: str, computations: Mapping[str, list[tuple[str, str]]]) ->
 
 
 def _result_bytes(shapes: str) -> int:
-    """Bytes of a result; of the (operands, results) tuple of an asynchronous start, the results."""
+    """Bytes of a result; of the ((operands), results, context) tuple of an asynchronous start, the results."""
     sizes = [_bytes(kind, dims) for kind, dims in _SHAPE.findall(shapes)]
-    if shapes.lstrip().startswith("((") and len(sizes) % 2 == 0:
-        return sum(sizes[len(sizes) // 2 :])
+    if shapes.lstrip().startswith("(("):
+        operands = len(_SHAPE.findall(shapes[: _closing(shapes)]))
+        return sum(sizes[operands : 2 * operands])
     return sum(sizes)
+
+
+def _closing(shapes: str) -> int:
+    """Place of the parenthesis that closes the second one opened (layouts hold some of their own)."""
+    depth = 0
+    for place, letter in enumerate(shapes):
+        depth += (letter == "(") - (letter == ")")
+        if letter == ")" and depth == 1:
+            return place
+    return len(shapes)
 
 
 def _bytes(kind: str, dims: str) -> int:

@@ -60,6 +60,20 @@ def test_collectives_are_counted_by_trips_and_channels():
     assert hlo.kernels(TEXT) == {"my_kernel": 1}
 
 
+def test_what_a_shard_map_holds_shares_channel_1_and_counts_one_by_one():
+    start = "((bf16[8,4]{1,0:T(8,128)(2,1)}), bf16[8,4]{1,0:T(8,128)S(1)}, u32[], u32[]) all-to-all-start(%a)"
+    text = f"""\
+ENTRY %main (a: f32[8]) -> f32[] {{
+  %one = {start}, channel_id=1, replica_groups={{{{0,1}}}}
+  %two = {start}, channel_id=1, replica_groups={{{{0,1}}}}
+  %done = bf16[8,4] all-to-all-done(%one)
+}}
+"""
+    assert hlo.collectives(text) == {
+        "all-to-all": hlo.Traffic(sites=2, runs=2, bytes=2 * 8 * 4 * 2)
+    }
+
+
 def test_a_real_program_has_the_collectives_it_must_have():
     """A matrix product whose inner dimension is split over 4 devices needs one sum a step."""
     from jax.sharding import NamedSharding, PartitionSpec
