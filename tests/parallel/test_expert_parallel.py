@@ -13,10 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax.sharding import NamedSharding
+
 from dyncomp.core import dispatch
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.plans import RoutePlan
+from dyncomp.core.sharding import to_spec
 from dyncomp.experts import Exchange, MLPBank, MoE, SwiGLUBank
+from dyncomp.experts.adaptive import ExchangeChooser, SwitchingStep
 from dyncomp.experts.exchange import bytes_each_way, layout
 from dyncomp.parallel import MeshSpec, hlo, use
 from dyncomp.routers import TopK
@@ -58,7 +62,7 @@ def inputs(bank_class=SwiGLUBank):
     return draw(N, D), jnp.abs(draw(N, K)), bank, jnp.asarray(experts, jnp.int32), jnp.asarray(keep)
 
 
-def make(kind, **options):
+def make_moe(kind, **options):
     router = functools.partial(TopK, k=K)
     return MoE(router=router, num_experts=E, hidden=F, dispatch=kind, **options)
 
@@ -77,7 +81,7 @@ def compiled(moe, given):
 @functools.cache
 def alone(bank_class):
     given = inputs(bank_class)
-    (_, aux), grads = compiled(make("dropless", bank=bank_class), given)(*given)
+    (_, aux), grads = compiled(make_moe("dropless", bank=bank_class), given)(*given)
     return jax.device_get((aux[0], grads))
 
 
@@ -105,7 +109,9 @@ CASES = [
 def test_eight_devices_give_what_one_gives(mesh, kind, r, d, bank_class):
     given = inputs(bank_class)
     y, grads = alone(bank_class)
-    moe = make(kind, bank=bank_class, capacity_factor=8.0, exchange=Exchange(slices=r, chunks=d))
+    moe = make_moe(
+        kind, bank=bank_class, capacity_factor=8.0, exchange=Exchange(slices=r, chunks=d)
+    )
     with use(MESHES[mesh].build()):
         program = compiled(moe, given)
         (_, (got, executed, dropped)), theirs = program(*given)
@@ -121,7 +127,7 @@ def test_what_is_dropped_does_not_depend_on_slices_or_chunks():
     """Eight slots an expert divide by every d (the sheet's property 8)."""
     given, outputs = inputs(), []
     for r, d in ((0, 1), (1, 2), (2, 4)):
-        moe = make("capacity", capacity_slots=4, exchange=Exchange(slices=r, chunks=d))
+        moe = make_moe("capacity", capacity_slots=4, exchange=Exchange(slices=r, chunks=d))
         with use(SHARED.build()):
             (_, (y, executed, dropped)), _ = compiled(moe, given)(*given)
         outputs.append((jax.device_get(y), int(executed), int(dropped)))
@@ -137,7 +143,7 @@ def test_what_is_dropped_does_not_depend_on_slices_or_chunks():
 def test_bytes_are_those_of_the_formula(kind, chunks):
     """Two all-to-alls going forward and two coming back; 8 rows a device, 2 experts on each of 4 owners."""
     given, slots = inputs(), 5
-    moe = make(kind, capacity_slots=slots, exchange=Exchange(chunks=chunks))
+    moe = make_moe(kind, capacity_slots=slots, exchange=Exchange(chunks=chunks))
     with use(SHARED.build()):
         where = layout(moe.exchange, E)
         sent = hlo.collectives(compiled(moe, given).as_text())["all-to-all"]
@@ -157,7 +163,7 @@ def test_bytes_are_those_of_the_formula(kind, chunks):
 def test_two_steps_equal_one():
     given = inputs()
     y, grads = alone(SwiGLUBank)
-    moe = make("dropless", exchange=Exchange(inner=2))
+    moe = make_moe("dropless", exchange=Exchange(inner=2))
     with use(MESHES["one each"].build()):
         program = compiled(moe, given)
         (_, (got, _, _)), theirs = program(*given)
@@ -170,7 +176,7 @@ def test_two_steps_equal_one():
 @eight
 def test_a_bound_on_pairs_drops_what_is_above_it_and_counts_it():
     x, weights, bank, experts, keep = inputs()
-    moe = make("dropless", exchange=Exchange(pair_factor=1.0))
+    moe = make_moe("dropless", exchange=Exchange(pair_factor=1.0))
     with use(SHARED.build()):
         _, (got, _, dropped) = jit(functools.partial(loss, moe))(x, weights, bank, experts, keep)
     served = np.asarray(keep).copy()  # by hand: 8 rows x 2 choices / 4 owners = 4 places a pair
@@ -206,6 +212,47 @@ def test_free_experts_stay_where_they_are():
     assert sent.bytes == 2 * 4 * (6 * 1) * D * 4 + 4 * 4  # 6 rows, one expert an owner
     assert int(theirs.events["experts"]["rows"].needed) == int(aux.events["experts"]["rows"].needed)
     close(theirs.losses, aux.losses)
+
+
+@eight
+def test_switching_moves_no_weight():
+    """Steps for r = 0, 1, 2 in turn over one set of parameters that never leave their devices."""
+    x, weights, bank, experts, keep = inputs(MLPBank)
+    mesh = SHARED.build()
+    with use(mesh):
+        names = MLPBank.axes
+        place = {n: NamedSharding(mesh, to_spec(names[n])) for n in bank}
+    made = []
+
+    def make(setting, slots):
+        moe = make_moe("capacity", bank=MLPBank, capacity_slots=slots, exchange=setting)
+
+        def step(bank):
+            grads, (_, _, dropped) = jax.grad(
+                lambda bank: loss(moe, x, weights, bank, experts, keep), has_aux=True
+            )(bank)
+            return jax.tree.map(lambda w, g: w - 0.01 * g, bank, grads), dropped
+
+        with use(mesh):
+            jitted = jax.jit(step, out_shardings=(place, None), donate_argnums=0)
+            program = jitted.lower(state).compile()
+        made.append((setting, program.input_shardings[0][0]))
+        return program
+
+    chooser = ExchangeChooser((0, 1, 2), (1, 2), bucket=8)
+    step, state = SwitchingStep(make, chooser), jax.device_put(bank, place)
+    for _ in range(8):
+        state, dropped = step(5, state)
+        assert int(dropped) == 0
+    assert {setting.slices for setting, _ in made} == {0, 1, 2}
+    for _, shardings in made:
+        assert all(shardings[n].is_equivalent_to(place[n], bank[n].ndim) for n in bank)
+    want = bank
+    plain = make_moe("dropless", bank=MLPBank)
+    for _ in range(8):
+        g = jit(jax.grad(lambda b: loss(plain, x, weights, b, experts, keep)[0]))(want)
+        want = jax.tree.map(lambda w, g: w - 0.01 * g, want, g)
+    close(jax.device_get(state), want)
 
 
 def test_sizes_that_do_not_divide_are_refused():
