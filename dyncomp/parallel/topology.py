@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from dyncomp.core.errors import DyncompError
 
@@ -28,8 +29,17 @@ QUIET = {
 }
 """Answers to what libtpu asks of a TPU machine when it loads; they do not change what it compiles for."""
 
+OVERLAP = {"xla_tpu_enable_async_all_to_all": "true"}
+"""Options of the TPU compiler: an all-to-all may run beside the matrix products it does not depend on."""
+
 _TPU = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):\d+x\d+(x\d+)?")
 _CPU = re.compile(r"cpu:(\d+)")
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
+    """What to compile steps for this mesh with, ``lowered.compile(compiler_options=...)``."""
+    tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+    return dict(OVERLAP) if tpu else {}
 
 
 @dataclasses.dataclass(frozen=True)
