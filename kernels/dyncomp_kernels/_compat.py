@@ -21,3 +21,14 @@ def vary_like(x: jax.Array, *others: Any) -> jax.Array:
     axes = frozenset().union(*(varying_axes(other) for other in others))
     missing = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def out_like(shape: tuple[int, ...], dtype: Any, *others: Any) -> jax.ShapeDtypeStruct:
+    """A kernel's output that varies over the mesh axes that any of ``others`` varies over.
+
+    `shard_map` refuses a `pallas_call` whose output does not say so; the argument was ``vma`` before jax 0.10.
+    """
+    axes = frozenset().union(*(varying_axes(other) for other in others))
+    kind = getattr(jax.sharding, "ManualAxisType", None)
+    words = {"manual_axis_type": kind(varying=axes)} if kind else {"vma": axes}
+    return jax.ShapeDtypeStruct(shape, dtype, **words)

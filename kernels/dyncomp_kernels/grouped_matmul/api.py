@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dyncomp_kernels.grouped_matmul import ragged, reference, xla
+from dyncomp_kernels.grouped_matmul import pallas_tpu, ragged, reference, xla
 
-Implementation = Literal["xla", "ragged", "reference"]
-PLATFORM = {"xla": "default", "ragged": "tpu"}
-MISSING = {"cuda": "no form of its own; the portable XLA loop serves"}
+Implementation = Literal["xla", "ragged", "pallas", "reference"]
+PLATFORM = {"xla": "default", "pallas": "tpu"}
+MISSING = {
+    "cuda": "no form of its own; the portable XLA loop serves. jax's ragged_dot_mgpu needs tuned blocks, writes no "
+    "unused rows, carries no mesh axes and has no weight gradient; none of it was run on a GPU"
+}
 """Platforms without a form of their own, and what serves them."""
 
 
@@ -23,7 +26,12 @@ def supports(implementation: str, rows, weights, group_sizes) -> str | None:
         return f"shapes disagree: {rows.shape}, {weights.shape}, {group_sizes.shape}"
     if rows.dtype != weights.dtype:
         return f"rows are {rows.dtype} but weights {weights.dtype}; cast one"
-    return ragged_dtype(rows.dtype) if implementation == "ragged" else None
+    if implementation not in ("ragged", "pallas"):
+        return None
+    reason = ragged_dtype(rows.dtype)
+    return (
+        pallas_tpu.supports(rows, weights) if implementation == "pallas" and not reason else reason
+    )
 
 
 def ragged_dtype(dtype) -> str | None:
@@ -37,6 +45,8 @@ def explain(rows, weights, group_sizes) -> dict[str, str]:
     said = dict(MISSING)
     for name, platform in PLATFORM.items():
         said[platform] = supports(name, rows, weights, group_sizes) or f"{name} serves"
+    if said["tpu"] != "pallas serves" and not supports("ragged", rows, weights, group_sizes):
+        said["tpu"] += "; ragged serves, with the weight gradient of xla"
     return said
 
 
@@ -71,17 +81,33 @@ def grouped_matmul(
     return _matmul(rows, weights, group_sizes.astype(jnp.int32), implementation)
 
 
-def _by_platform(name: str, implementation: Implementation | None, *args: Array) -> Array:
+def _on_tpu(rows, weights) -> dict:
+    """The function that serves a TPU for each of the three products."""
+    forms = {name: getattr(xla, name) for name in ("forward", "row_gradient", "weight_gradient")}
+    if ragged_dtype(rows.dtype):
+        return forms
+    if pallas_tpu.supports(rows, weights):  # XLA compiles the weight gradient of ragged_dot densely
+        return {**forms, "forward": ragged.forward, "row_gradient": ragged.row_gradient}
+    return {name: getattr(pallas_tpu, name) for name in forms}
+
+
+def _product(name: str, implementation: Implementation | None, like, *args: Array) -> Array:
+    """One of the three products, by the form asked for or the platform's; ``like`` is (rows, weights)."""
+    if implementation == "pallas" and name != "forward":
+        kernel = getattr(pallas_tpu, name)
+        return lax.platform_dependent(
+            *args, tpu=kernel, default=functools.partial(kernel, interpret=True)
+        )
     if implementation:
-        return getattr({"xla": xla, "ragged": ragged}[implementation], name)(*args)
-    if ragged_dtype(args[0].dtype):  # the table holds only forms that serve these arguments
-        return getattr(xla, name)(*args)
-    return lax.platform_dependent(*args, tpu=getattr(ragged, name), default=getattr(xla, name))
+        return getattr({"xla": xla, "ragged": ragged, "pallas": pallas_tpu}[implementation], name)(
+            *args
+        )
+    return lax.platform_dependent(*args, tpu=_on_tpu(*like)[name], default=getattr(xla, name))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(rows, weights, group_sizes, implementation):
-    return _by_platform("forward", implementation, rows, weights, group_sizes)
+    return _product("forward", implementation, (rows, weights), rows, weights, group_sizes)
 
 
 def _fwd(rows, weights, group_sizes, implementation):
@@ -90,9 +116,9 @@ def _fwd(rows, weights, group_sizes, implementation):
 
 def _bwd(implementation, kept, cotangent):
     rows, weights, group_sizes = kept
-    transposed = weights.transpose(0, 2, 1)
-    d_rows = _by_platform("forward", implementation, cotangent, transposed, group_sizes)
-    d_weights = _by_platform("weight_gradient", implementation, rows, cotangent, group_sizes)
+    like = rows, weights
+    d_rows = _product("row_gradient", implementation, like, cotangent, weights, group_sizes)
+    d_weights = _product("weight_gradient", implementation, like, rows, cotangent, group_sizes)
     return d_rows, d_weights.astype(weights.dtype), None
 
 

@@ -34,6 +34,14 @@ SMALL = (
 )
 """Small enough for every form, float64 and finite differences."""
 
+LANES = (
+    Case("even", 512, 128, 256, (128,) * 4),
+    Case("tails", 600, 256, 128, (0, 500, 7, 0)),
+    Case("all_empty", 256, 128, 128, (0, 0, 0)),
+    Case("one_hot", 300, 128, 128, (0, 300)),
+)
+"""Multiples of 128, as TPU kernels want them."""
+
 LARGE = (
     Case("even", 4096, 256, 256, (512,) * 8),
     Case("dirichlet4", 4096, 256, 256, dirichlet4(4096, 8)),

@@ -1,92 +1,113 @@
-"""Portable form: a loop over blocks of rows, each of one group, that runs only the blocks in use.
+"""Portable form: loops over blocks of rows, each of one group, that run only the blocks in use.
 
 ::
 
-    rows   |aaaaaaaa|aa bbbbb|bbb ccc.|........|     group sizes 10, 8, 3; block 8
-    blocks  a0------ a1------                         block a1 also computes six rows of b with a's weights;
-                        b0------                      b0, which runs later, overwrites them.
-                                c0------              Rows past the last group are cleared at the end.
+    for each block size:                                 static; see blocks.py
+      for each block of this size in use:                dynamic number of trips
+        out[start:end] = rows[start:start+block] @ weights[group]
+
+A block's weights are copied out of the stack (XLA on CPUs multiplies no slices), so few large blocks are cheap and many
+small ones are not. The result is updated in place: each loop carries nothing but it, because what passes through a
+`lax.switch` over block sizes inside one loop is copied whole in every trip.
 """
+
+import functools
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from dyncomp_kernels._compat import vary_like
+from dyncomp_kernels.grouped_matmul.blocks import Sweep, block_sizes, executed_rows, sweeps, trips
 
-MAX_BLOCK = 128
-MIN_BLOCK = 16
-
-
-def block_rows(rows: int, groups: int) -> int:
-    """Static block size: about half an even group, a power of two between 16 and 128."""
-    even = max(rows // (2 * groups), 1)
-    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (even.bit_length() - 1)))
-
-
-def block_table(group_sizes: Array, block: int, capacity: int) -> tuple[Array, Array, Array]:
-    """Which group each block belongs to, its first row, and how many blocks are in use.
-
-    Args:
-      group_sizes: int32 [e].
-      block: rows a block.
-      capacity: static bound on the number of blocks.
-
-    Returns:
-      group int32 [capacity], start int32 [capacity], used int32 scalar.
-    """
-    blocks = -(-group_sizes // block)
-    ends = jnp.cumsum(blocks)
-    starts = jnp.cumsum(group_sizes) - group_sizes
-    index = jnp.arange(capacity, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
-    group = jnp.minimum(group, group_sizes.shape[0] - 1)
-    start = starts[group] + (index - (ends - blocks)[group]) * block
-    return group, start.astype(jnp.int32), ends[-1].astype(jnp.int32)
-
-
-def executed_rows(group_sizes: Array, rows: int) -> Array:
-    """Rows that the loop multiplies, padding of partial blocks included; int32 scalar."""
-    block = block_rows(rows, group_sizes.shape[0])
-    return jnp.sum(-(-group_sizes // block) * block).astype(jnp.int32)
-
-
-def _setup(rows: Array, group_sizes: Array) -> tuple[int, tuple[Array, Array, Array]]:
-    m, e = rows.shape[0], group_sizes.shape[0]
-    block = block_rows(m, e)
-    return block, block_table(group_sizes, block, -(-m // block) + e)
+__all__ = ["executed_rows", "forward", "row_gradient", "trips", "weight_gradient"]
 
 
 def forward(rows: Array, weights: Array, group_sizes: Array) -> Array:
-    """rows [m k] x weights [e k n] by group -> [m n]."""
-    m = rows.shape[0]
-    block, (group, start, used) = _setup(rows, group_sizes)
-    padded = jnp.pad(rows, ((0, block), (0, 0)))
+    """rows [m k] x weights [e k n] by group -> [m n]; rows past the last group give zeros."""
+    return _product(rows, weights, group_sizes, contract=1)
 
-    def body(i: Array, out: Array) -> Array:
-        tile = lax.dynamic_slice_in_dim(padded, start[i], block)
-        weight = lax.dynamic_index_in_dim(weights, group[i], keepdims=False)
-        product = jnp.dot(tile, weight, preferred_element_type=jnp.float32).astype(out.dtype)
-        return lax.dynamic_update_slice_in_dim(out, product, start[i], axis=0)
 
-    out = jnp.zeros((m + block, weights.shape[2]), rows.dtype)
-    out = lax.fori_loop(0, used, body, vary_like(out, rows, weights, group_sizes))[:m]
-    return jnp.where((jnp.arange(m) < jnp.sum(group_sizes))[:, None], out, 0)
+def row_gradient(cotangent: Array, weights: Array, group_sizes: Array) -> Array:
+    """cotangent [m n] x weights [e k n] transposed, by group -> [m k]."""
+    return _product(cotangent, weights, group_sizes, contract=2)
+
+
+def _product(rows: Array, weights: Array, group_sizes: Array, contract: int) -> Array:
+    shape = rows.shape[0], weights.shape[3 - contract]
+    if 0 in rows.shape or 0 in weights.shape:
+        return jnp.zeros(shape, rows.dtype)
+    out = vary_like(_zeros(shape, weights, group_sizes), rows, weights, group_sizes)
+    for sweep in sweeps(group_sizes, rows.shape[0]):
+        body = functools.partial(_multiply, sweep, rows, weights, contract - 1)
+        out = lax.fori_loop(sweep.begin, sweep.stop, body, out)
+    return out
+
+
+def _multiply(sweep: Sweep, rows: Array, weights: Array, axis: int, i: Array, out: Array) -> Array:
+    """Block ``i`` of the sweep: its product with its group's matrix, contracted over the matrix's ``axis``."""
+    start, own = _place(sweep, i, rows.shape[0])
+    tile = lax.dynamic_slice_in_dim(rows, start, sweep.block)
+    weight = lax.dynamic_index_in_dim(weights, sweep.group[i], keepdims=False)
+    contract = (((1,), (axis,)), ((), ()))
+    product = lax.dot_general(tile, weight, contract, preferred_element_type=jnp.float32)
+    product = product.astype(out.dtype)
+    if not sweep.whole:
+        product = jnp.where(own, product, lax.dynamic_slice_in_dim(out, start, sweep.block))
+    return lax.dynamic_update_slice_in_dim(out, product, start, axis=0)
+
+
+def _zeros(shape: tuple[int, ...], x: Array, group_sizes: Array) -> Array:
+    """Zeros in the type of ``x`` that XLA cannot share with another product's.
+
+    Equal constants become one buffer, of which every product then takes a copy to write in place. So the zero comes
+    from the data: no size is negative.
+    """
+    first = x[(0,) * x.ndim]
+    return jnp.broadcast_to(jnp.where(group_sizes[0] < 0, first, 0), shape)
+
+
+def _place(sweep: Sweep, i: Array, rows: int) -> tuple[Array, Array]:
+    """First row of block ``i``, moved up where it would reach past the last row, and which rows are its own [b 1]."""
+    start = jnp.minimum(sweep.start[i], rows - sweep.block)
+    index = start + jnp.arange(sweep.block, dtype=jnp.int32)
+    return start, ((index >= sweep.start[i]) & (index < sweep.end[i]))[:, None]
 
 
 def weight_gradient(rows: Array, cotangent: Array, group_sizes: Array) -> Array:
-    """Sum over each group's rows of rows^T cotangent: [m k], [m n] -> [e k n]."""
-    block, (group, start, used) = _setup(rows, group_sizes)
-    ends = jnp.cumsum(group_sizes)
-    rows = jnp.pad(rows, ((0, block), (0, 0)))
-    cotangent = jnp.pad(cotangent, ((0, block), (0, 0)))
-
-    def body(i: Array, total: Array) -> Array:
-        own = (start[i] + jnp.arange(block) < ends[group[i]])[:, None]
-        left = lax.dynamic_slice_in_dim(rows, start[i], block)
-        right = jnp.where(own, lax.dynamic_slice_in_dim(cotangent, start[i], block), 0)
-        part = jnp.dot(left.T, right, preferred_element_type=jnp.float32)
-        return total.at[group[i]].add(part)
-
+    """Sum over each group's rows of rows^T cotangent: [m k], [m n] -> [e k n], float32."""
     shape = (group_sizes.shape[0], rows.shape[1], cotangent.shape[1])
-    total = vary_like(jnp.zeros(shape, jnp.float32), rows, cotangent, group_sizes)
-    return lax.fori_loop(0, used, body, total)
+    if 0 in rows.shape or 0 in cotangent.shape:
+        return jnp.zeros(shape, jnp.float32)
+    total = vary_like(
+        _zeros(shape, cotangent.astype(jnp.float32), group_sizes), rows, cotangent, group_sizes
+    )
+    for sweep in sweeps(group_sizes, rows.shape[0]):
+        body = functools.partial(_accumulate, sweep, rows, cotangent)
+        total = lax.fori_loop(sweep.begin, sweep.stop, body, total)
+    return total
+
+
+def _accumulate(sweep: Sweep, rows: Array, cotangent: Array, i: Array, total: Array) -> Array:
+    """Block ``i``'s part of its group's gradient: the last block writes it, whole blocks, which come later, add."""
+    start, own = _place(sweep, i, rows.shape[0])
+    cut = lambda x: lax.dynamic_slice_in_dim(x, start, sweep.block)
+    left, right = cut(rows), cut(cotangent)
+    if not sweep.whole:
+        left, right = jnp.where(own, left, 0), jnp.where(own, right, 0)
+    contract = (((0,), (0,)), ((), ()))
+    part = lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
+    group = sweep.group[i]
+    if sweep.whole:
+        part = part + lax.dynamic_index_in_dim(total, group, keepdims=False)
+    return lax.dynamic_update_index_in_dim(total, part, group, axis=0)
+
+
+def block_rows(rows: int, groups: int) -> int:
+    """The largest block; kept for a caller that counts blocks of one size, to be replaced by `trips`."""
+    return block_sizes(rows, groups)[-1]
+
+
+def block_table(group_sizes: Array, block: int, capacity: int) -> tuple[None, None, Array]:
+    """Blocks of one size that would be in use (third); kept for the same caller."""
+    del capacity
+    return None, None, jnp.sum(-(-group_sizes // block), dtype=jnp.int32)

@@ -1,0 +1,202 @@
+"""TPU form: forward by XLA's native kernel, both gradients by our own kernels.
+
+Why, as compiled by the libtpu that jax 0.10.2 pins, 8192 rows, k 1024, n 2048, 8 groups, bfloat16, v5e: native
+`ragged_dot` counts 1.00x the ideal FLOPs and schedules 0.93 of the ideal cycles in tiles of 128 rows (megablox at
+512x1024x1024: 0.96, but with up to 512 padded rows a group). Its weight gradient is compiled densely, 8.0x the FLOPs
+with 8 groups, and its row gradient transposes the weights first, which costs as much again as the product. megablox has
+both gradients, but its outputs carry no mesh axes, so that `shard_map` refuses it.
+
+::
+
+    visits (one grid step each), tile of 4 rows, groups a 6, b 0, c 5; . is unused
+
+    rows   |aaaa|aacc|ccc.|        visit   0    1    2    3    4
+    tile    0    1    2            tile    0    1    1    1    2
+                                   group   a    a    b    c    c
+
+    weight gradient: the sum over a group's visits; an empty group's one visit writes zeros
+    row gradient:    each visit fills its group's rows of the tile; unused rows are one more group, filled with zeros
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dyncomp_kernels._compat import out_like, vary_like
+from dyncomp_kernels.grouped_matmul import ragged
+
+LANES = 128
+WEIGHT_BYTES = 2**21
+"""A tile of weights: two of them, double-buffered, and the rest fit the 16 MiB of a v5e's scoped memory."""
+
+forward = ragged.forward
+
+
+class Visits(NamedTuple):
+    """Tables read before the grid runs: int32 [v] ``group``, ``tile``; [e] ``start``, ``end``; [1] ``total``."""
+
+    group: Array
+    tile: Array
+    start: Array
+    end: Array
+    total: Array
+
+
+def supports(rows, weights) -> str | None:
+    """None where the kernels take these shapes, else the reason why not."""
+    k, n = weights.shape[1:]
+    if k % LANES or n % LANES or not rows.shape[0]:
+        return f"pallas takes k and n in multiples of {LANES} and at least one row, not k={k}, n={n}, m={rows.shape[0]}"
+    if n * LANES * rows.dtype.itemsize > WEIGHT_BYTES:
+        return f"pallas keeps all n columns of {LANES} weights in {WEIGHT_BYTES} bytes; n={n} is too large"
+    return None
+
+
+def visits(group_sizes: Array, rows: int, tile: int) -> Visits:
+    """Every pair of a row tile and a group that meet, in order; an empty group meets one tile."""
+    groups, tiles = group_sizes.shape[0], -(-rows // tile)
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    starts = ends - group_sizes
+    first = jnp.minimum(starts // tile, tiles - 1)
+    count = jnp.maximum(ends - 1, starts) // tile - starts // tile + 1
+    stops = jnp.cumsum(count, dtype=jnp.int32)
+    index = jnp.minimum(jnp.arange(tiles + groups, dtype=jnp.int32), stops[-1] - 1)
+    group = jnp.sum(stops[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
+    at = jnp.minimum(first[group] + index - (stops - count)[group], tiles - 1)
+    return Visits(group, at, starts, ends, stops[-1:])
+
+
+def _own(v: Array, tables: Visits, tile: int) -> Array:
+    """Which rows of the visit's tile are its group's, bool [tile 1]."""
+    group = tables.group[v]
+    row = tables.tile[v] * tile + lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
+    return (row >= tables.start[group]) & (row < tables.end[group])
+
+
+def _fit(size: int, limit: int) -> int:
+    """The largest tile that divides ``size``, a multiple of 128 up to ``limit``."""
+    return max(t for t in range(LANES, max(limit, LANES) + 1, LANES) if size % t == 0)
+
+
+def weight_gradient(
+    rows: Array, cotangent: Array, group_sizes: Array, interpret: bool = False
+) -> Array:
+    """Sum over each group's rows of rows^T cotangent: [m k], [m n] -> [e k n], float32."""
+    (m, k), n = rows.shape, cotangent.shape[1]
+    tile, tile_k, tile_n = 512 if m >= 512 else 128, _fit(k, 512), _fit(n, 1024)
+    tables = visits(group_sizes, m, tile)
+    grid = n // tile_n, k // tile_k, tables.group.shape[0]
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(tables),
+        in_specs=[
+            pl.BlockSpec((tile, tile_k), lambda j, i, v, *t: (t[1][v], i)),
+            pl.BlockSpec((tile, tile_n), lambda j, i, v, *t: (t[1][v], j)),
+        ],
+        out_specs=pl.BlockSpec((None, tile_k, tile_n), lambda j, i, v, *t: (t[0][v], i, j)),
+        grid=grid,
+        scratch_shapes=[pltpu.VMEM((tile_k, tile_n), jnp.float32)],
+    )
+    out = out_like((group_sizes.shape[0], k, n), jnp.float32, rows, cotangent, group_sizes)
+    kernel = functools.partial(_weight_kernel, tile)
+    return _call(
+        "grouped_weight_gradient",
+        kernel,
+        spec,
+        out,
+        (tables, rows, cotangent),
+        2 * m * k * n,
+        interpret,
+    )
+
+
+def _weight_kernel(tile, group, at, start, end, total, left, right, out, acc):
+    """Grid (n, k, visits): adds up a group's tiles, and writes at its last visit."""
+    v = pl.program_id(2)
+    tables = Visits(group, at, start, end, total)
+    last = total[0] - 1
+    before, after = group[jnp.maximum(v - 1, 0)], group[jnp.minimum(v + 1, last)]
+
+    @pl.when((v == 0) | (before != group[v]))
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when((v <= last) & (end[group[v]] > start[group[v]]))
+    def _():
+        own = _own(v, tables, tile)
+        a, b = jnp.where(own, left[...], 0), jnp.where(own, right[...], 0)
+        contract = (((0,), (0,)), ((), ()))
+        acc[...] += lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+    @pl.when((v == last) | ((v < last) & (after != group[v])))
+    def _():
+        out[...] = acc[...]
+
+
+def row_gradient(
+    cotangent: Array, weights: Array, group_sizes: Array, interpret: bool = False
+) -> Array:
+    """cotangent [m n] x weights [e k n] transposed, by group -> [m k]; rows past the last group give zeros."""
+    (m, n), (e, k, _) = cotangent.shape, weights.shape
+    tile = 256 if m >= 512 * e else 128
+    tile_k = _fit(k, WEIGHT_BYTES // (n * weights.dtype.itemsize))
+    unused = m - jnp.sum(group_sizes, dtype=jnp.int32)
+    tables = visits(jnp.append(group_sizes, unused), m, tile)
+    weight = lambda i, v, *t: (jnp.minimum(t[0][v], e - 1), i, 0)
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(tables),
+        in_specs=[
+            pl.BlockSpec((tile, n), lambda i, v, *t: (t[1][v], 0)),
+            pl.BlockSpec((None, tile_k, n), weight),
+        ],
+        out_specs=pl.BlockSpec((tile, tile_k), lambda i, v, *t: (t[1][v], i)),
+        grid=(k // tile_k, tables.group.shape[0]),
+    )
+    out = out_like((m, k), cotangent.dtype, cotangent, weights, group_sizes)
+    kernel = functools.partial(_row_kernel, tile, e)
+    return _call(
+        "grouped_row_gradient",
+        kernel,
+        spec,
+        out,
+        (tables, cotangent, weights),
+        2 * m * k * n,
+        interpret,
+    )
+
+
+def _row_kernel(tile, groups, group, at, start, end, total, left, right, out):
+    """Grid (k, visits): fills the rows of the visit's group, with zeros for the group past the last."""
+    v = pl.program_id(1)
+    tables = Visits(group, at, start, end, total)
+    some = (v < total[0]) & (end[group[v]] > start[group[v]])
+
+    @pl.when(some & (group[v] < groups))
+    def _():
+        contract = (((1,), (1,)), ((), ()))
+        part = lax.dot_general(left[...], right[...], contract, preferred_element_type=jnp.float32)
+        out[...] = jnp.where(_own(v, tables, tile), part.astype(out.dtype), out[...])
+
+    @pl.when(some & (group[v] == groups))
+    def _():
+        out[...] = jnp.where(_own(v, tables, tile), jnp.zeros_like(out), out[...])
+
+
+def _call(name, kernel, spec, out, args, flops: int, interpret: bool) -> Array:
+    tables, left, right = args
+    moved = left.size * left.dtype.itemsize + right.size * right.dtype.itemsize
+    moved += out.size * jnp.dtype(out.dtype).itemsize
+    inputs = [vary_like(x, *tables, left, right) for x in (*tables, left, right)]
+    order = ("parallel",) * (len(spec.grid) - 1) + ("arbitrary",)
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        out_shape=out,
+        grid_spec=spec,
+        interpret=interpret,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=order),
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+    )(*inputs)
