@@ -5,12 +5,15 @@ from dyncomp.experts.convert import SliceDense, UpcycleDense
 from dyncomp.experts.exchange import Exchange
 from dyncomp.experts.ffn import MLP, SwiGLU
 from dyncomp.experts.free import FreeExperts
+from dyncomp.experts.ladder import Ladder, LadderBank
 from dyncomp.experts.moe import MoE
 from dyncomp.experts.sliced import SlicedFFN
 
 __all__ = [
     "Exchange",
     "FreeExperts",
+    "Ladder",
+    "LadderBank",
     "MLP",
     "MLPBank",
     "MoE",

@@ -1,5 +1,6 @@
 """Routers: small modules that rate the experts for each row and choose among them."""
 
+from dyncomp.routers.annealed import Annealed
 from dyncomp.routers.base import Scored
 from dyncomp.routers.distilled import DistilledRouter, Hindsight
 from dyncomp.routers.expert_choice import ExpertChoice
@@ -20,6 +21,7 @@ from dyncomp.routers.sigmoid import ReLU, SigmoidTopK
 from dyncomp.routers.softmax import NoisyTopK, RandomSecond, Switch, Threshold, TopK, TopP
 
 __all__ = [
+    "Annealed",
     "DistilledRouter",
     "ExpertChoice",
     "GatingResidual",

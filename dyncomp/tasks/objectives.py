@@ -1,7 +1,7 @@
 """Objectives: cross-entropy plus weighted auxiliary losses. Softmax is float32."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dyncomp.core import budget
 from dyncomp.core.aux import Aux, losses_by_name
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.metrics import Mean
@@ -43,6 +44,23 @@ def weighted_aux(
     return total, {name: Mean.of(fold(values)) for name, values in named.items()}
 
 
+def budget_losses(aux: Aux, budgets: Mapping[str, Sequence[float]]) -> Float[Array, ""]:
+    """Sum over budgets of weight * (mean over layers of the value - target)^2.
+
+    Raises:
+      DyncompError: a budget names a value that no module reports.
+    """
+    named = {name: jnp.concatenate(values) for name, values in losses_by_name(aux.losses).items()}
+    total = jnp.float32(0)
+    for name, (target, weight) in budgets.items():
+        if name not in named:
+            raise DyncompError(
+                f"budgets names {name!r}, but the model reports {sorted(named) or 'no losses'}"
+            )
+        total = total + weight * budget.target_loss(jnp.mean(named[name]), target)
+    return total
+
+
 def token_nll(
     logits: Float[Array, "*n v"], targets: Int[Array | np.ndarray, "*n"]
 ) -> Float[Array, "*n"]:
@@ -58,16 +76,21 @@ class LMObjective:
     Attributes:
       aux_weights: weight of each named auxiliary loss; unnamed ones are only reported.
       aux_reduce: average or sum a loss over layers (the sheets often do not say; default mean).
+      budgets: auxiliary value -> (target, weight): adds weight * (mean over layers - target)^2, one budget for all
+        layers together, so that layers may specialise.
       z_loss: weight of the mean squared log-partition of the output softmax (PaLM, Chowdhery et al. 2022, sec. 5:
         1e-4); 0 leaves it out.
     """
 
     aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     aux_reduce: Reduce = "mean"
+    budgets: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict, hash=False)
     z_loss: float = 0.0
 
     def __post_init__(self):
         check_reduce(self.aux_reduce)
+        if wrong := [name for name, pair in self.budgets.items() if len(pair) != 2]:
+            raise DyncompError(f"LMObjective.budgets[{wrong[0]!r}]: give (target, weight)")
 
     def __call__(
         self, output: Float[Array, "b t v"], aux: Aux, batch: Mapping[str, Any], step: Any
@@ -75,6 +98,7 @@ class LMObjective:
         """Loss, and the metrics nll (nats a token), output_z if asked for, and every auxiliary loss."""
         nll = Mean.of(token_nll(output, batch["targets"]), batch["mask"])
         extra, metrics = weighted_aux(aux, self.aux_weights, self.aux_reduce)
+        extra = extra + budget_losses(aux, self.budgets)
         loss = jnp.asarray(nll.total / jnp.maximum(nll.count, 1.0) + extra)
         if self.z_loss:
             log_z = jax.nn.logsumexp(output.astype(jnp.float32), axis=-1)

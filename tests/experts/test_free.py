@@ -150,7 +150,10 @@ def test_capacities_sum_to_factor_times_assignments_and_drop_free_experts_too():
     "rule, expected",
     [
         (slots_per_expert(1024, 32, 2, 1.05, multiple=4), 68),  # V-MoE: ceil(67.2) = 68
-        (slots_per_expert(1000, 8, 2, 2.5, counts_k=False, rounding="nearest"), 312),  # 312.5, to even
+        (
+            slots_per_expert(1000, 8, 2, 2.5, counts_k=False, rounding="nearest"),
+            312,
+        ),  # 312.5, to even
         (slots_per_expert(3, 8, 1, 1.0), 1),
         (tutel_slots(8, 4, 1, 1.25, 8), 2),  # int(1.25 * 2)
         (tutel_slots(8, 4, 2, 1.25, 8), 4),  # 2 int(.), not int(2 .)
@@ -168,6 +171,6 @@ def test_unknown_kinds_are_refused():
     moe = MoE(router=RELEASED, num_experts=E, hidden=F, free=("constant", "zero"))
     assert moe.total == 6
     with pytest.raises((DyncompError, TypeError)):
-        MoE(router=RELEASED, num_experts=E, hidden=F, dispatch="capacity", capacity_factor=-1.0).init(
-            jax.random.key(0), X
-        )
+        MoE(
+            router=RELEASED, num_experts=E, hidden=F, dispatch="capacity", capacity_factor=-1.0
+        ).init(jax.random.key(0), X)
