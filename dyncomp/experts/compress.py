@@ -4,7 +4,7 @@ Pure functions of one layer's parameters on the host, in NumPy; `dyncomp.routers
 section E of the survey arXiv 2412.14219.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Float, Int
 from dyncomp.experts.convert import NAMES, Weights
+
+Numbers = Sequence[int | float] | np.ndarray
+"""One number for each expert, [e]."""
 
 
 def logit_similarity(logits: Float[np.ndarray, "n e"]) -> Float[np.ndarray, "e e"]:
@@ -32,7 +35,7 @@ def _cosine(rows: np.ndarray) -> np.ndarray:
 
 
 def group_experts(
-    similarity: Float[np.ndarray, "e e"], usage: Float[np.ndarray, "e"], groups: int
+    similarity: Float[np.ndarray, "e e"], usage: Numbers, groups: int
 ) -> Int[np.ndarray, "e"]:
     """Group of each expert: the ``groups`` most used experts lead one each, the others join the most similar leader.
 
@@ -69,8 +72,8 @@ def reordered(expert: Mapping[str, Any], order: Int[np.ndarray, "f"]) -> Weights
 
 def merge_experts(
     bank: Mapping[str, Any],
-    groups: Int[np.ndarray, "e"],
-    usage: Float[np.ndarray, "e"],
+    groups: Numbers,
+    usage: Numbers,
     *,
     aligned: bool = True,
 ) -> Weights:
@@ -103,7 +106,7 @@ def merge_experts(
     return {name: np.stack([one[name] for one in merged]).astype(dtype) for name in NAMES}
 
 
-def most_used(usage: Float[np.ndarray, "e"], keep: int) -> Int[np.ndarray, "k"]:
+def most_used(usage: Numbers, keep: int) -> Int[np.ndarray, "k"]:
     """Indices, in order, of the ``keep`` experts chosen most often (`RoutePlan.load` over calibration rows)."""
     if not 1 <= keep <= len(usage):
         raise DyncompError(f"keep {keep} of {len(usage)} experts: use 1..{len(usage)}")

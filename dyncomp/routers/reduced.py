@@ -132,4 +132,4 @@ def median_ratio(weights: Float[Array | np.ndarray, "*l n k"]) -> Float[np.ndarr
     """Median over calibration rows of w2 / w1, sorted weights; one beta a layer."""
     top = np.sort(np.asarray(weights, np.float64), axis=-1)[..., ::-1]
     ratio = top[..., 1] / np.maximum(top[..., 0], 1e-30)
-    return np.median(ratio, axis=-1).astype(np.float32)
+    return np.asarray(np.median(ratio, axis=-1), np.float32)

@@ -143,7 +143,7 @@ class Session:
         if found is None:
             self.state, self.extra = self.engine.fresh(), {}
             if self.run.init_from:
-                self.state, report = warm_start(self.state, self.run.init_from)
+                self.state, report = warm_start(self.state, self.run.init_from, self.workdir)
                 self.not_loaded = report.lines()
                 for line in self.not_loaded:
                     self.say(line)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,29 @@ class InitFrom:
 
     Attributes:
       path: a work directory.
+      sibling: in the place of ``path``: a run of the same suite that trains before this one; its folder lies beside.
+      convert: maps what lies there, ``path -> array``, to what is looked up: `dyncomp.experts.SliceDense` turns dense
+        networks into slices.
       include, exclude: regular expressions of parameter paths here.
       rename: pattern of a path here -> replacement that gives its path there (`re.sub`).
       strict: refuse when a parameter that should be loaded is missing there or has another shape.
     """
 
-    path: str
+    path: str = ""
+    sibling: str = ""
+    convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     include: str = ".*"
     exclude: str = "$^"
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     strict: bool = False
+
+    def __post_init__(self):
+        if bool(self.path) == bool(self.sibling):
+            raise DyncompError("InitFrom: give either path or sibling")
+
+    def folder(self, workdir: Path) -> Path:
+        """Where to read, for a run in ``workdir``."""
+        return workdir.parent / self.sibling if self.sibling else Path(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +65,20 @@ class LoadReport:
         return kept + [f"not used: {path}" for path in self.unused]
 
 
-def warm_start(state: TrainState, source: InitFrom) -> tuple[TrainState, LoadReport]:
-    """Replaces parameters of a fresh state.
+def warm_start(
+    state: TrainState, source: InitFrom, workdir: Path = Path()
+) -> tuple[TrainState, LoadReport]:
+    """Replaces parameters of a fresh state; ``workdir`` is the run's own folder.
 
     Raises:
       DyncompError: no checkpoint there, nothing fits, or ``strict`` and something does not.
     """
-    found = read_newest(Path(source.path))
-    there = {
+    folder = source.folder(workdir)
+    found = read_newest(folder)
+    there: Mapping[str, Any] = {
         path[len("params/") :]: leaf for path, leaf in found.items() if path.startswith("params/")
     }
+    there = source.convert(there) if source.convert else there
     leaves, treedef = jax.tree.flatten(state.params)
     loaded, kept, out = {}, {}, []
     for path, leaf in zip(paths(state.params), leaves, strict=True):
@@ -78,7 +95,7 @@ def warm_start(state: TrainState, source: InitFrom) -> tuple[TrainState, LoadRep
     if not loaded or (source.strict and asked):
         first = next(iter(asked.items()), ("", "nothing matches include"))
         raise DyncompError(
-            f"init_from {source.path}: {first[0]} {first[1]}; change include, exclude or rename"
+            f"init_from {folder}: {first[0]} {first[1]}; change include, exclude or rename"
         )
     params = jax.tree.unflatten(treedef, out)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)

@@ -34,10 +34,13 @@ def slice_outputs(params, x):
     return np.einsum("enf,efd->end", hidden, p["down"])
 
 
-def make(router=DistilledRouter, k=2, n=N, how="contiguous", dense=DENSE, **options):
+def make(
+    router=DistilledRouter, k=2, n=N, how="contiguous", dense=DENSE, dispatch="mask", **options
+):
     router = functools.partial(router, k=k) if router is not Random else router
-    unit = SlicedFFN(router=router, num_slices=n, hidden=F, **options)
-    variables = nn.unbox(unit.init({"params": jax.random.key(0), "router": jax.random.key(1)}, X))
+    unit = SlicedFFN(router=router, num_slices=n, hidden=F, dispatch=dispatch, **options)
+    keys = {"params": jax.random.key(0), "router": jax.random.key(1)}
+    variables = nn.unbox(jax.jit(unit.init)(keys, X))
     slices = cut(dense, assign_neurons(dense["gate"], n, how))
     params = {**variables["params"], **jax.tree.map(jnp.asarray, slices)}
     if "teacher" in params:
@@ -45,24 +48,29 @@ def make(router=DistilledRouter, k=2, n=N, how="contiguous", dense=DENSE, **opti
     return unit, {"controls": {}, **variables, "params": params}
 
 
+def run(unit, variables, x=X, mask=None, **options):
+    """Compiled as one program: much faster than one operation after another."""
+    return jax.jit(lambda v, x, m: unit.apply(v, x, m, **options))(variables, x, mask)
+
+
 def dense_output():
     return SwiGLU(hidden=F).apply({"params": DENSE}, X)[0]
 
 
-@pytest.mark.parametrize("how", ["contiguous", "random", "clustered"])
-@pytest.mark.parametrize("dispatch", ["dropless", "mask", "gather"])
+@pytest.mark.parametrize(
+    ("how", "dispatch"), [("contiguous", "dropless"), ("random", "mask"), ("clustered", "gather")]
+)
 def test_all_slices_are_the_dense_network_however_it_was_cut(how, dispatch):
     unit, variables = make(k=N, how=how, dispatch=dispatch)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        y, _ = unit.apply(variables, X)
+        y, _ = run(unit, variables)
     np.testing.assert_allclose(y, dense_output(), atol=2e-5)
 
 
-@pytest.mark.parametrize("rescale", [True, False])
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(("k", "rescale"), [(1, True), (2, False), (3, True)])
 def test_unweighted_sum_of_the_chosen_slices_times_n_over_k(k, rescale):
     unit, variables = make(k=k, rescale=rescale)
-    y, aux = unit.apply(variables, X, capture=("plan",))
+    y, aux = run(unit, variables, X, capture=("plan",))
     kernel = np.asarray(variables["params"]["router"]["kernel"], np.float64)
     order = np.argsort(-(np.asarray(X, np.float64).reshape(-1, D) @ kernel), axis=1)[:, :k]
     outputs = slice_outputs(variables["params"], X)
@@ -74,13 +82,13 @@ def test_unweighted_sum_of_the_chosen_slices_times_n_over_k(k, rescale):
 
 def test_the_ratio_is_real_where_k_does_not_divide_n():
     unit, variables = make(k=3)
-    plan = unit.apply(variables, X, capture=("plan",))[1].plans["route"]
+    plan = run(unit, variables, X, capture=("plan",))[1].plans["route"]
     np.testing.assert_allclose(plan.weights[plan.keep], 4 / 3, rtol=1e-6)
 
 
 def test_one_slice_is_the_dense_network_and_teaches_nothing():
     unit, variables = make(k=1, n=1)
-    y, aux = unit.apply(variables, X, train=True)
+    y, aux = run(unit, variables, X, train=True)
     np.testing.assert_allclose(y, dense_output(), atol=1e-5)
     assert abs(float(aux.losses["imitation"])) < 1e-6
     assert float(aux.losses["reconstruction"]) < 1e-10
@@ -101,38 +109,40 @@ def test_identical_slices_make_any_choice_exact(k):
         if router is DistilledRouter:
             unit, variables = make(k=k, dense=dense)
         else:
-            unit = SlicedFFN(router=router, num_slices=N, hidden=F)
+            unit = SlicedFFN(router=router, num_slices=N, hidden=F, dispatch="mask")
             variables = {"params": cut(dense, assign_neurons(dense["gate"], N))}
-        np.testing.assert_allclose(unit.apply(variables, X)[0], expected, atol=2e-5)
+        np.testing.assert_allclose(run(unit, variables)[0], expected, atol=2e-5)
 
 
 def test_bounds_choose_by_the_outputs_and_the_best_subset_reconstructs_best():
-    errors = {}
+    errors, t = {}, np.asarray(dense_output(), np.float64)
     for name, router in {
         "subset": functools.partial(Hindsight, by="subset"),
         "slice": functools.partial(Hindsight, by="slice"),
         "linear": DistilledRouter,
     }.items():
+        unit, variables = make(router)
+        found = jax.jit(lambda v, unit=unit: unit.apply(v, X, train=True))
         for k in (1, 2, 3):
-            unit, variables = make(router, k=k)
-            y, aux = unit.apply(variables, X, train=True)
-            t = np.asarray(dense_output(), np.float64)
+            controls = {"router": {"k": jnp.int32(k)}}
+            y, aux = found({**variables, "controls": controls})
             errors[name, k] = float(aux.losses["reconstruction"])
-            found = ((np.asarray(y, np.float64) - t) ** 2).sum() / (t**2).sum()
-            np.testing.assert_allclose(errors[name, k], found, rtol=1e-4)
+            far = ((np.asarray(y, np.float64) - t) ** 2).sum() / (t**2).sum()
+            np.testing.assert_allclose(errors[name, k], far, rtol=1e-4)
     for name, k in errors:
         assert errors["subset", k] <= errors[name, k] + 1e-6
     np.testing.assert_allclose(errors["subset", 1], errors["slice", 1], rtol=1e-5)
     unit, variables = make(functools.partial(Hindsight, by="slice"))
-    rows = unit.apply(variables, X)[1].events["outputs"]["rows"]
+    rows = run(unit, variables)[1].events["outputs"]["rows"]
     assert (int(rows.needed), int(rows.executed)) == (0, 18)  # looks at them in evaluation too
 
 
 def test_events_flops_and_padding():
     mask = jnp.asarray(np.arange(18).reshape(2, 9) < 11, jnp.float32)
+    unit, variables = make()
+    apply = jax.jit(lambda v: unit.apply(v, X, mask))
     for k in (1, 2, 4):
-        unit, variables = make(k=k)
-        y, aux = unit.apply(variables, X, mask)
+        y, aux = apply({**variables, "controls": {"router": {"k": jnp.int32(k)}}})
         assert (np.asarray(y).reshape(18, D)[11:] == 0).all() and set(aux.events) == {
             "router",
             "experts",
@@ -141,7 +151,7 @@ def test_events_flops_and_padding():
         dense = 11 * SwiGLU(hidden=F).cost(D)["tokens"].flops
         np.testing.assert_allclose(used / dense, k / N + N / (3 * F), rtol=1e-12)
     assert used > dense  # all slices cost more than the dense network: the router comes on top
-    trained = unit.apply(variables, X, mask, train=True)[1].events["outputs"]["rows"]
+    trained = run(unit, variables, X, mask, train=True)[1].events["outputs"]["rows"]
     assert (int(trained.needed), int(trained.executed)) == (11, 18)
     assert unit.cost(D)["outputs"]["rows"].flops == 2 * 6 * D * F
     assert make(teacher="slices")[0].cost(D)["outputs"]["rows"].flops == 6 * D * F
@@ -152,7 +162,7 @@ def test_padding_counts_in_no_loss():
     unit, variables = make()
     flat = X.reshape(18, D)
     other = flat.at[11:].set(7.0).reshape(X.shape)
-    first, second = (unit.apply(variables, x, mask, train=True)[1].losses for x in (X, other))
+    first, second = (run(unit, variables, x, mask, train=True)[1].losses for x in (X, other))
     assert set(first) == {"imitation", "winners", "reconstruction"}
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=1e-5)
@@ -161,10 +171,10 @@ def test_padding_counts_in_no_loss():
 def test_a_frozen_teacher_stays_when_slices_move_and_shared_ones_do_not():
     for teacher, moves in (("frozen", False), ("slices", True)):
         unit, variables = make(teacher=teacher, states="teacher")
-        before, _ = unit.apply(variables, X, train=True)
+        before, _ = run(unit, variables, X, train=True)
         np.testing.assert_allclose(before, dense_output(), atol=2e-5)
         params = {**variables["params"], "down": variables["params"]["down"] * 2}
-        after, _ = unit.apply({**variables, "params": params}, X, train=True)
+        after, _ = run(unit, {**variables, "params": params}, X, train=True)
         assert np.allclose(before, after, atol=1e-5) is not moves
     assert "teacher" not in make(teacher="slices")[1]["params"]
 
@@ -174,7 +184,12 @@ def test_a_frozen_teacher_stays_when_slices_move_and_shared_ones_do_not():
 
 def model(router=DistilledRouter, layers="scan", k=2, **options):
     ffn = functools.partial(
-        SlicedFFN, router=functools.partial(router, k=k), num_slices=N, hidden=F, **options
+        SlicedFFN,
+        router=functools.partial(router, k=k),
+        num_slices=N,
+        hidden=F,
+        dispatch="mask",
+        **options,
     )
     block = functools.partial(
         Block, mixer=functools.partial(Attention, heads=2, kv_heads=2), ffn=ffn
@@ -186,7 +201,7 @@ TOKENS = jnp.asarray(RNG.integers(0, 11, size=(2, 7)), jnp.int32)
 
 
 def variables_of(net):
-    return nn.unbox(net.init(jax.random.key(0), TOKENS))
+    return nn.unbox(jax.jit(net.init)(jax.random.key(0), TOKENS))
 
 
 def gradients(net, loss_of):
@@ -195,7 +210,7 @@ def gradients(net, loss_of):
     def loss(params):
         return loss_of(*net.apply({**variables, "params": params}, TOKENS, train=True))
 
-    grads = jax.grad(loss)(variables["params"])
+    grads = jax.jit(jax.grad(loss))(variables["params"])
     return dict(zip(paths(grads), map(np.asarray, jax.tree.leaves(grads)), strict=True))
 
 
@@ -225,28 +240,20 @@ def test_with_the_label_alone_cut_a_layer_moves_the_slices_below_it():
 
 
 def test_a_converted_checkpoint_with_all_slices_is_the_dense_model():
-    block = functools.partial(
-        Block,
-        mixer=functools.partial(Attention, heads=2, kv_heads=2),
-        ffn=functools.partial(SwiGLU, hidden=F),
-    )
+    mixer = functools.partial(Attention, heads=2, kv_heads=2)
+    block = functools.partial(Block, mixer=mixer, ffn=functools.partial(SwiGLU, hidden=F))
     dense = DecoderLM(vocab_size=11, d_model=D + 2, groups=(Group((block,), 2),))
     params = variables_of(dense)["params"]
-    flat = SliceDense(slices=N, how="random")(
-        dict(zip(paths(params), jax.tree.leaves(params), strict=True))
-    )
-    for layers in ("scan", "unroll"):
-        net = model(k=N)
-        like = variables_of(net)
-        leaves = [
-            jnp.asarray(flat.get(p, leaf))
-            for p, leaf in zip(paths(like["params"]), jax.tree.leaves(like["params"]), strict=True)
-        ]
-        own = {**like, "params": jax.tree.unflatten(jax.tree.structure(like["params"]), leaves)}
-        from dyncomp.models import apply
-
-        y, _ = apply(model(k=N, layers=layers), own, TOKENS)
-        np.testing.assert_allclose(y, dense.apply({"params": params}, TOKENS)[0], atol=2e-5)
+    expected = jax.jit(lambda p: dense.apply({"params": p}, TOKENS)[0])(params)
+    there = dict(zip(paths(params), jax.tree.leaves(params), strict=True))
+    found = SliceDense(slices=N, how="random")(there)
+    net = model(k=N)
+    like = variables_of(net)
+    leaves, treedef = jax.tree.flatten(like["params"])
+    pairs = zip(paths(like["params"]), leaves, strict=True)
+    own = jax.tree.unflatten(treedef, [jnp.asarray(found.get(path, leaf)) for path, leaf in pairs])
+    y = jax.jit(lambda p: net.apply({**like, "params": p}, TOKENS)[0])(own)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
 def test_bad_options():

@@ -257,6 +257,21 @@ def test_warm_start_reports_what_it_left(tmp_path, capsys):
         quiet(make_run(init_from=InitFrom(path=str(tmp_path / "a"), include="^x")), tmp_path / "c")
 
 
+def test_warm_start_from_a_sibling_with_a_conversion(tmp_path):
+    quiet(make_run(steps=2), tmp_path / "a")
+    there = read_newest(tmp_path / "a")
+    source = InitFrom(sibling="a", convert=lambda found: {"out/kernel": 2 * found["out/kernel"]})
+    still = make_run(steps=1, seed=5, init_from=source, optimizer=SGD(learning_rate=0.0))
+    summary = quiet(still, tmp_path / "b")
+    here = read_newest(tmp_path / "b")
+    np.testing.assert_array_equal(here["params/out/kernel"], 2 * there["params/out/kernel"])
+    assert "not loaded: out/bias (no out/bias there)" in summary["not_loaded"]
+    with pytest.raises(DyncompError, match="either path or sibling"):
+        InitFrom()
+    with pytest.raises(DyncompError, match="nowhere"):
+        quiet(make_run(init_from=InitFrom(sibling="nowhere")), tmp_path / "c")
+
+
 def test_quick_and_full_runs_do_not_mix(tmp_path):
     summary = quiet(make_run(), tmp_path, quick=True)
     assert summary["step"] == loop_module.QUICK_STEPS
