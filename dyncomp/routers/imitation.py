@@ -98,8 +98,8 @@ def best_subset(
 ) -> Float[Array, "n e"]:
     """1 for the members of the set of k slices whose sum (times e / k) is nearest to the target, else 0.
 
-    Tries all sets of all sizes, so that ``k`` may be a run-time argument: 2^e - 1 of them. Where the target is the sum of
-    all slices and k = e / 2, a set and its complement are equally far when rescaled: either may be taken.
+    Tries all sets of all sizes, so that ``k`` may be a run-time argument: 2^e - 1 of them. Where the target is the sum
+    of all slices and k = e / 2, a set and its complement are equally far when rescaled: either may be taken.
     """
     seen, e = outputs.float32(), outputs.slices.shape[0]
     sets = np.asarray([s for s in itertools.product((0, 1), repeat=e) if any(s)], np.float32)
