@@ -23,7 +23,7 @@ from dyncomp.parallel.mesh import MeshSpec, check_batch
 from dyncomp.parallel.report import CompileReport, Memory
 from dyncomp.parallel.rules import make_rules, use
 from dyncomp.parallel.shardings import shardings_for
-from dyncomp.parallel.topology import compiler_options, find
+from dyncomp.parallel.topology import compile_step, find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def compile_program(program: Program, mesh: Mesh, rules: Mapping[str, Any]) -> A
         seed = jax.ShapeDtypeStruct((), jnp.int32)
         lowered = step.lower(program.state, dict(program.batch), seed)
         try:
-            return lowered.compile(compiler_options=compiler_options(mesh))
+            return compile_step(lowered, mesh)
         except jax.errors.JaxRuntimeError as error:
             said = str(error).splitlines()[0][:300]
             if "RESOURCE_EXHAUSTED" not in said:

@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from dyncomp.parallel.mesh import check_batch
 from dyncomp.parallel.rules import make_rules, use
 from dyncomp.parallel.shardings import make_global_batch, shardings_for
-from dyncomp.parallel.topology import compiler_options
+from dyncomp.parallel.topology import compile_step
 from dyncomp.training import optimizers
 from dyncomp.training.run import Run
 from dyncomp.training.state import TrainState, init_variables, new_state
@@ -106,7 +106,7 @@ class Engine:
         began = time.perf_counter()
         jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
         lowered = jitted.lower(like, dict(batch), np.int32(0))
-        compiled = lowered.compile(compiler_options=compiler_options(self.mesh))
+        compiled = compile_step(lowered, self.mesh)
         return compiled, time.perf_counter() - began
 
     @functools.cached_property

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dyncomp.core.plans import RoutePlan
 from dyncomp.experts import Exchange, MLPBank, MoE
 from dyncomp.parallel import MeshSpec, hlo, use
-from dyncomp.parallel.topology import compiler_options, find
+from dyncomp.parallel.topology import compile_step, find
 from dyncomp.routers import TopK
 
 tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler")
@@ -37,7 +37,7 @@ def schedule(kind, chunks):
     bank = shape(E, D, F), shape(E, F), shape(E, F, D), shape(E, D)
     with use(mesh):
         lowered = jax.jit(forward).lower(shape(N, D), plan, *bank)
-        return lowered.compile(compiler_options=compiler_options(mesh)).as_text()
+        return compile_step(lowered, mesh).as_text()
 
 
 def overlapped(text):
