@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from dyncomp_kernels.grouped_matmul import blocks, xla
+from dyncomp_kernels.grouped_matmul import bench, blocks, xla
 from dyncomp_kernels.grouped_matmul.api import explain, grouped_matmul
 from dyncomp_kernels.grouped_matmul.cases import LANES, SMALL, Case, dirichlet4
 from dyncomp_kernels.grouped_matmul.selfcheck import flop_ratios
@@ -198,3 +198,12 @@ def test_inside_shard_map(case):
         own = d_rows[i * case.m : (i + 1) * case.m]
         for ours, exact in ((own, expected_rows), (d_weights[i], expected_weights)):
             np.testing.assert_allclose(ours, exact, atol=1e-5 * np.abs(exact).max())
+
+
+def test_quick_benchmark_has_a_row_for_every_contestant():
+    found = {row["id"]: row for row in bench.rows(quick=True)}
+    for load in ("even", "dirichlet4", "one_hot"):
+        for part in ("forward", "forward_backward"):
+            for contestant in ("ours", "capacity"):
+                assert found[f"grouped_matmul/{load}/8/{part}/{contestant}"]["ratio"] > 0
+    assert found["grouped_matmul/even/8/forward/ours"]["executed"] == 1.0
