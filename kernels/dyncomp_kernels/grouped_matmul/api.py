@@ -12,9 +12,9 @@ from dyncomp_kernels.grouped_matmul import pallas_tpu, ragged, reference, xla
 Implementation = Literal["xla", "ragged", "pallas", "reference"]
 PLATFORM = {"xla": "default", "pallas": "tpu"}
 MISSING = {
-    "cuda": "no form of its own; the portable XLA loop serves. jax's Mosaic kernels (ragged_dot_mgpu) need Hopper, which "
-    "a platform does not tell; their outputs carry no mesh axes, so that tracing them in shard_map fails for every "
-    "platform; float32 exceeds the shared memory; the weight gradient's asks for a live GPU while it is traced"
+    "cuda": "no form of its own; the portable XLA loop serves. jax's Mosaic kernels (ragged_dot_mgpu) need Hopper, "
+    "which a platform does not tell; their outputs carry no mesh axes, so that tracing them in shard_map fails for "
+    "every platform; float32 exceeds the shared memory; the weight gradient's asks for a live GPU while it is traced"
 }
 """Platforms without a form of their own, and what serves them."""
 

@@ -6,20 +6,11 @@ Why, as compiled by the libtpu that jax 0.10.2 pins, 8192 rows, k 1024, n 2048, 
 with 8 groups, and its row gradient transposes the weights first, which costs as much again as the product. megablox has
 both gradients, but its outputs carry no mesh axes, so that `shard_map` refuses it.
 
-::
-
-    visits (one grid step each), tile of 4 rows, groups a 6, b 0, c 5; . is unused
-
-    rows   |aaaa|aacc|ccc.|        visit   0    1    2    3    4
-    tile    0    1    2            tile    0    1    1    1    2
-                                   group   a    a    b    c    c
-
-    weight gradient: the sum over a group's visits; an empty group's one visit writes zeros
-    row gradient:    each visit fills its group's rows of the tile; unused rows are one more group, filled with zeros
+As scheduled for a v5e, one grid step: the row gradient 3,954 cycles of 4,096 ideal ones (tile 256x512x2048), the weight
+gradient 4,815 of 4,096 (512x512x1024; rows of other groups are masked).
 """
 
 import functools
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -28,22 +19,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dyncomp_kernels._compat import out_like, vary_like
 from dyncomp_kernels.grouped_matmul import ragged
+from dyncomp_kernels.grouped_matmul.visits import Visits, own_rows, visits
 
 LANES = 128
 WEIGHT_BYTES = 2**21
 """A tile of weights: two of them, double-buffered, and the rest fit the 16 MiB of a v5e's scoped memory."""
 
 forward = ragged.forward
-
-
-class Visits(NamedTuple):
-    """Tables read before the grid runs: int32 [v] ``group``, ``tile``; [e] ``start``, ``end``; [1] ``total``."""
-
-    group: Array
-    tile: Array
-    start: Array
-    end: Array
-    total: Array
 
 
 def supports(rows, weights) -> str | None:
@@ -54,27 +36,6 @@ def supports(rows, weights) -> str | None:
     if n * LANES * rows.dtype.itemsize > WEIGHT_BYTES:
         return f"pallas keeps all n columns of {LANES} weights in {WEIGHT_BYTES} bytes; n={n} is too large"
     return None
-
-
-def visits(group_sizes: Array, rows: int, tile: int) -> Visits:
-    """Every pair of a row tile and a group that meet, in order; an empty group meets one tile."""
-    groups, tiles = group_sizes.shape[0], -(-rows // tile)
-    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    starts = ends - group_sizes
-    first = jnp.minimum(starts // tile, tiles - 1)
-    count = jnp.maximum(ends - 1, starts) // tile - starts // tile + 1
-    stops = jnp.cumsum(count, dtype=jnp.int32)
-    index = jnp.minimum(jnp.arange(tiles + groups, dtype=jnp.int32), stops[-1] - 1)
-    group = jnp.sum(stops[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
-    at = jnp.minimum(first[group] + index - (stops - count)[group], tiles - 1)
-    return Visits(group, at, starts, ends, stops[-1:])
-
-
-def _own(v: Array, tables: Visits, tile: int) -> Array:
-    """Which rows of the visit's tile are its group's, bool [tile 1]."""
-    group = tables.group[v]
-    row = tables.tile[v] * tile + lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
-    return (row >= tables.start[group]) & (row < tables.end[group])
 
 
 def _fit(size: int, limit: int) -> int:
@@ -126,7 +87,7 @@ def _weight_kernel(tile, group, at, start, end, total, left, right, out, acc):
 
     @pl.when((v <= last) & (end[group[v]] > start[group[v]]))
     def _():
-        own = _own(v, tables, tile)
+        own = own_rows(v, tables, tile)
         a, b = jnp.where(own, left[...], 0), jnp.where(own, right[...], 0)
         contract = (((0,), (0,)), ((), ()))
         acc[...] += lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
@@ -178,11 +139,11 @@ def _row_kernel(tile, groups, group, at, start, end, total, left, right, out):
     def _():
         contract = (((1,), (1,)), ((), ()))
         part = lax.dot_general(left[...], right[...], contract, preferred_element_type=jnp.float32)
-        out[...] = jnp.where(_own(v, tables, tile), part.astype(out.dtype), out[...])
+        out[...] = jnp.where(own_rows(v, tables, tile), part.astype(out.dtype), out[...])
 
     @pl.when(some & (group[v] == groups))
     def _():
-        out[...] = jnp.where(_own(v, tables, tile), jnp.zeros_like(out), out[...])
+        out[...] = jnp.where(own_rows(v, tables, tile), jnp.zeros_like(out), out[...])
 
 
 def _call(name, kernel, spec, out, args, flops: int, interpret: bool) -> Array:

@@ -34,28 +34,26 @@ def flop_ratios(
       weights: [e k n].
       group_sizes: int32 [e], concrete, at least one row in all.
       implementation: a form by name, or None for the platform's.
-      sharding: of one device; its platform is compiled for, a described TPU too. None takes the default device.
+      sharding: of one device to compile for, a described TPU too; None takes the default device.
       limit: above which a warning names the product.
 
     Returns:
       the ratios of "forward", "row_gradient" and "weight_gradient".
     """
-    sizes = np.asarray(group_sizes)
     device = min(sharding.device_set, key=lambda d: d.id) if sharding else jax.devices()[0]
     if implementation == "xla" or (implementation is None and device.platform != "tpu"):
-        share = int(executed_rows(jnp.asarray(sizes), rows.shape[0])) / int(sizes.sum())
-        found = dict.fromkeys(("forward", "row_gradient", "weight_gradient"), share)
+        sizes = jnp.asarray(group_sizes)
+        share = int(executed_rows(sizes, rows.shape[0])) / int(sizes.sum())
+        found = dict.fromkeys(_products(implementation), share)
     else:
         shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        args = shaped(rows), shaped(weights), shaped(sizes.astype(np.int32))
+        args = shaped(rows), shaped(weights), shaped(np.asarray(group_sizes, np.int32))
         ideal = flops(rows.shape[0], *weights.shape[1:])
-        found = {
-            name: _counted(fn, *args) / ideal for name, fn in _products(implementation).items()
-        }
+        found = {n: _counted(fn, *args) / ideal for n, fn in _products(implementation).items()}
     for name, ratio in found.items():
         if ratio > limit:
-            text = f"grouped_matmul {name} on {device.platform}: {ratio:.2f}x the ideal FLOPs"
-            warnings.warn(text, stacklevel=2)
+            where = f"grouped_matmul {name} on {device.platform}"
+            warnings.warn(f"{where}: {ratio:.2f}x the ideal FLOPs", stacklevel=2)
     return found
 
 
