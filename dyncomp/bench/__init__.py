@@ -7,6 +7,7 @@ import importlib
 import json as jsonlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dyncomp.core.environment import environment
@@ -79,10 +80,33 @@ def main(name: str, argv: Sequence[str] = (), json: bool = False) -> int:
         return _list(json)
     parser = argparse.ArgumentParser(prog=f"dyncomp bench {name}")
     parser.add_argument("--quick", action="store_true", help="a smoke run, never evidence")
-    result = measure(name, quick=parser.parse_args(list(argv)).quick)
+    if name == "experts":
+        _add_doctor(parser)
+    args = parser.parse_args(list(argv))
+    if name == "experts" and args.doctor:
+        return _doctor(args, json)
+    result = measure(name, quick=args.quick)
     if json:
         jsonlib.dump(result, sys.stdout, indent=1)
         print()
     else:
         show(result)
+    return 0
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--doctor", metavar="CONFIG", help="examine a config's layers of experts instead"
+    )
+    parser.add_argument("--chip", default="v5e", help="whose roofline to judge by (default: v5e)")
+    parser.add_argument("--workdir", metavar="DIR", help="a trained run to take the load from")
+
+
+def _doctor(args: argparse.Namespace, json: bool) -> int:
+    from dyncomp import config
+    from dyncomp.bench import doctor
+
+    workdir = Path(args.workdir) if args.workdir else None
+    found = doctor.report(doctor.examine(config.load(args.doctor), workdir), args.chip)
+    print(jsonlib.dumps(found, indent=1)) if json else doctor.show(found)
     return 0

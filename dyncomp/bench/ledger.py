@@ -22,7 +22,7 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.experts import MLP, MoE, SwiGLU
 from dyncomp.experts.moe import Dispatch
 from dyncomp.routers import TopK
-from dyncomp_kernels.grouped_matmul.xla import block_rows, block_table
+from dyncomp_kernels.grouped_matmul.xla import trips
 
 D, HIDDEN, EXPERTS, SLOTS = 256, 1024, 4, 2
 DENSE_GOAL, DYNAMIC_GOAL = 0.02, 0.05
@@ -149,24 +149,22 @@ def _dropless(depth: int) -> dict[str, Any]:
     _, aux = jax.jit(run)(variables, inputs)
     plans = aux.plans["group_0"]["block_0"]["ffn"]["route"]
     slots = inputs.size * SLOTS
-    block = block_rows(slots, EXPERTS)
-    trips = [_trips(experts, slots, block) for experts in np.asarray(plans.experts)]
-    wide = _product(block, D, HIDDEN // 2)
-    narrow = _product(block, HIDDEN // 2, D)
-    extra = sum(trip - 1 for trip in trips) * (2 * wide + narrow)
+    ran = [_trips(experts, slots) for experts in np.asarray(plans.experts)]
+    three = lambda rows: 2 * _product(rows, D, HIDDEN // 2) + _product(rows, HIDDEN // 2, D)
+    extra = sum((times - 1) * three(rows) for layer in ran for rows, times in layer)
     ledger = Ledger(model.cost(inputs.shape)).record(aux.events)
     rule = (
         "trips: ledger executed / (XLA's count of the program, each loop body once, + (observed trips - 1) x "
         "XLA's count of the body compiled alone)"
     )
     counted = xla_flops(run, variables, inputs) + extra
-    return row("moe_dropless", ledger, counted, DYNAMIC_GOAL, rule, trips=trips)
+    return row("moe_dropless", ledger, counted, DYNAMIC_GOAL, rule, trips=ran)
 
 
-def _trips(experts: np.ndarray, slots: int, block: int) -> int:
-    """Blocks in use for a layer's plan."""
+def _trips(experts: np.ndarray, slots: int) -> list[tuple[int, int]]:
+    """(rows a block, trips) of every loop for a layer's plan."""
     sizes = jnp.asarray(np.bincount(experts.ravel(), minlength=EXPERTS), jnp.int32)
-    return int(block_table(sizes, block, -(-slots // block) + EXPERTS)[2])
+    return [(rows, int(times)) for rows, times in trips(sizes, slots)]
 
 
 def _product(block: int, inner: int, columns: int) -> float:

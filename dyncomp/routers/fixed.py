@@ -75,9 +75,10 @@ def mixed(tokens: Int[Array, "n"], salt: Int[Array, ""]) -> Any:
 
 
 class Given(nn.Module):
-    """Every row uses the expert that the control ``choice`` (int32, one a layer) names, with gate 1.
+    """Every row uses the expert that the control ``choice`` names, with gate 1.
 
-    What an oracle enumerates: set the control, run the network; nothing is recompiled.
+    What an oracle enumerates: set the control (int32, one number a layer, or one a row), run the network; nothing is
+    recompiled while the shape stays.
 
     Attributes:
       num_experts: e.
@@ -99,7 +100,7 @@ class Given(nn.Module):
                 f"Given.choice={self.choice} with num_experts={self.num_experts}: use 0..{self.num_experts - 1}"
             )
         choice = self.variable("controls", "choice", lambda: jnp.int32(self.choice)).value
-        experts = jnp.full((x.shape[0], 1), choice, jnp.int32)
+        experts = jnp.broadcast_to(jnp.reshape(choice, (-1, 1)), (x.shape[0], 1)).astype(jnp.int32)
         ones = jnp.ones(experts.shape, bool)
         plan = RoutePlan(experts, ones.astype(jnp.float32), ones)
         return (plan if mask is None else plan.masked(mask)), {}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dyncomp_kernels._compat import vary_like
-from dyncomp_kernels.grouped_matmul.blocks import Sweep, block_sizes, executed_rows, sweeps, trips
+from dyncomp_kernels.grouped_matmul.blocks import Sweep, executed_rows, sweeps, trips
 
 __all__ = ["executed_rows", "forward", "row_gradient", "trips", "weight_gradient"]
 
@@ -100,14 +100,3 @@ def _accumulate(sweep: Sweep, rows: Array, cotangent: Array, i: Array, total: Ar
     if sweep.whole:
         part = part + lax.dynamic_index_in_dim(total, group, keepdims=False)
     return lax.dynamic_update_index_in_dim(total, part, group, axis=0)
-
-
-def block_rows(rows: int, groups: int) -> int:
-    """The largest block; kept for a caller that counts blocks of one size, to be replaced by `trips`."""
-    return block_sizes(rows, groups)[-1]
-
-
-def block_table(group_sizes: Array, block: int, capacity: int) -> tuple[None, None, Array]:
-    """Blocks of one size that would be in use (third); kept for the same caller."""
-    del capacity
-    return None, None, jnp.sum(-(-group_sizes // block), dtype=jnp.int32)
