@@ -4,6 +4,7 @@ FactorLLM (arXiv 2408.11855), in the form of its code: the prior-approximate lab
 functions in float32; ``k`` may be a run-time argument. Labels carry no gradient.
 """
 
+import functools
 import itertools
 from typing import Literal
 
@@ -104,13 +105,11 @@ def best_subset(
     seen, e = outputs.float32(), outputs.slices.shape[0]
     sets = np.asarray([s for s in itertools.product((0, 1), repeat=e) if any(s)], np.float32)
     scale = jnp.float32(e) / jnp.float32(k) if rescale else jnp.float32(1)
-
-    def error(members: Array) -> Array:
-        # A plain sum with zeros, not a product with a matrix: the same rounding as a sum over the set alone.
-        total = jnp.sum(seen.slices * members[:, None, None], axis=0)
-        return jnp.mean(jnp.square(scale * total - seen.target), axis=-1)
-
-    errors = jax.lax.map(error, jnp.asarray(sets))
-    fits = jnp.sum(jnp.asarray(sets), axis=-1) == jnp.float32(k)
-    best = jnp.argmin(jnp.where(fits[:, None], errors, jnp.inf), axis=0)
-    return jnp.asarray(sets)[best]
+    # |scale sum_S E - t|^2 from inner products: [n e e] and [n e] numbers in the place of all sums [sets n d].
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    inner = product("end,fnd->nef", seen.slices, seen.slices)
+    along = product("end,nd->ne", seen.slices, seen.target)
+    square = product("nef,sef->ns", inner, jnp.asarray(sets[:, :, None] * sets[:, None, :]))
+    errors = jnp.square(scale) * square - 2 * scale * product("ne,se->ns", along, jnp.asarray(sets))
+    fits = jnp.asarray(sets.sum(axis=-1)) == jnp.float32(k)
+    return jnp.asarray(sets)[jnp.argmin(jnp.where(fits[None], errors, jnp.inf), axis=-1)]
