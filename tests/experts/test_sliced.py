@@ -12,6 +12,7 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.experts import SlicedFFN, SwiGLU
 from dyncomp.experts.convert import SliceDense, assign_neurons, cut
 from dyncomp.models import Block, DecoderLM, Group
+from dyncomp.parallel import MeshSpec, use
 from dyncomp.routers import DistilledRouter, Hindsight, Random
 from dyncomp.training.state import paths
 
@@ -263,3 +264,21 @@ def test_bad_options():
         SlicedFFN(router=DistilledRouter(num_experts=N), num_slices=N, hidden=F).init(
             jax.random.key(0), X
         )
+
+
+@pytest.mark.parametrize("mesh", [MeshSpec(fsdp=2)], ids=str)
+def test_four_devices_give_what_one_gives(mesh):
+    x = jnp.concatenate([X[:, :8]] * 2)  # 4 examples of 8 positions: whole rows on each device
+    unit, variables = make(dispatch="dropless")
+
+    def loss(params):
+        y, aux = unit.apply({**variables, "params": params}, x, train=True)
+        own = jnp.sum(jnp.square(y)) + aux.losses["imitation"] + aux.losses["winners"]
+        return own, (y, aux.losses, aux.events["experts"]["rows"].needed)
+
+    value = lambda: jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    alone = value()
+    with use(mesh.build()):
+        together = value()
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(other, one, rtol=2e-4, atol=2e-4)
