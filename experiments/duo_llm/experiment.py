@@ -50,7 +50,7 @@ WITH_CONTROLS = [
     "routers.Random.histogram=(1.0,)",
 ]
 SKIP = ["experts.Ladder.widths=(%HIDDEN, %SMALL, 0)"]
-QUICK = ["experts.Ladder.dispatch='mask'", "tasks.CodeLM.context=32", "D_MODEL=16"]
+QUICK = ["tasks.CodeLM.context=32", "D_MODEL=16"]
 
 
 class Network:
