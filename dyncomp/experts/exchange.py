@@ -28,12 +28,15 @@ class Exchange:
         neighbours and then between groups (2DH): larger messages, twice the volume.
       pair_factor: without a capacity, rows that one device may send to another, as a multiple of the even share;
         what is above is dropped and counted. None: as many as there can be, nothing is dropped.
+      ragged: without a capacity, send exactly the kept rows on platforms that can (TPU, GPU). False pads everywhere:
+        needed on slices of v5e above 4x4, for which the compiler of jax 0.10.2 has no ragged form.
     """
 
     slices: int | None = None
     chunks: int = 1
     inner: int = 1
     pair_factor: float | None = None
+    ragged: bool = True
 
     def __post_init__(self):
         if (self.slices or 0) < 0 or self.chunks < 1 or self.inner < 1:
@@ -53,7 +56,7 @@ class Layout:
       axis, ways: mesh axis of the experts and its size W.
       group_axis, group: mesh axis of the hidden units and its size G.
       slices: r, from 1 to G.
-      chunks, inner, pair_factor: as in `Exchange`.
+      chunks, inner, pair_factor, ragged: as in `Exchange`.
     """
 
     axis: Any
@@ -64,6 +67,7 @@ class Layout:
     chunks: int = 1
     inner: int = 1
     pair_factor: float | None = None
+    ragged: bool = True
 
     def names(self, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
         """How a parameter with logical ``axes`` comes into the `local_op`: split by expert and perhaps hidden unit."""
@@ -103,9 +107,8 @@ def layout(options: Exchange, num_experts: int) -> Layout | None:
         )
     if ways % options.inner:
         raise DyncompError(f"Exchange.inner={options.inner} does not divide {ways} devices")
-    return Layout(
-        axis, ways, group_axis, group, slices, options.chunks, options.inner, options.pair_factor
-    )
+    rest = options.chunks, options.inner, options.pair_factor, options.ragged
+    return Layout(axis, ways, group_axis, group, slices, *rest)
 
 
 def bytes_each_way(

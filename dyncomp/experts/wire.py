@@ -169,7 +169,7 @@ back.defvjp(
 
 
 def _by_platform(route: Route, padded: Any, ragged: Any, x: Array, sizes: Sizes) -> Array:
-    if route.where.inner > 1:  # two steps of equal messages
+    if route.where.inner > 1 or not route.where.ragged:  # two steps need equal messages
         return padded(x, sizes)
     return lax.platform_dependent(x, sizes, tpu=ragged, cuda=ragged, default=padded)
 

@@ -111,7 +111,8 @@ def compile_program(program: Program, mesh: Mesh, rules: Mapping[str, Any]) -> A
         except jax.errors.JaxRuntimeError as error:
             said = str(error).splitlines()[0][:300]
             if "RESOURCE_EXHAUSTED" not in said:
-                raise DyncompError(f"XLA: {said}") from error
+                fix = "; set experts.Exchange.ragged = False" if "Ragged all-to-all" in said else ""
+                raise DyncompError(f"XLA: {said}{fix}") from error
             return said.partition("RESOURCE_EXHAUSTED: ")[2]
 
 
