@@ -57,11 +57,13 @@ class Layer:
 
 
 def examine(run: Run | Suite, workdir: Path | None = None) -> list[Layer]:
-    """Looks at every layer of experts in a run (of a suite, the first one that has any).
+    """Looks at every layer of experts in a run (of a suite, the selected one, or the first that has any).
 
     Raises:
       DyncompError: there is no such layer.
     """
+    if isinstance(run, Suite):
+        run = run.selected() or run
     for one in run.runs.values() if isinstance(run, Suite) else [run]:
         plans, abstract = _plans_of(one)
         if plans:
@@ -75,20 +77,24 @@ def examine(run: Run | Suite, workdir: Path | None = None) -> list[Layer]:
 
 
 def _plans_of(run: Run) -> tuple[dict[str, Any], Any]:
-    """Abstract (plan, loads) of every mixture by path, and the abstract state."""
+    """(shape of the slots, shape of the loads) of every mixture by path, and the abstract state."""
     program = run.program()
     variables = {"params": program.state.params, "controls": program.state.controls}
-    call = lambda v, x: apply(run.model, v, x, capture=("plan",))[1].plans  # noqa: E731
-    found = flatten(jax.eval_shape(call, variables, program.batch["inputs"]))
-    plans = {
-        path.removesuffix("/route"): (plan, found[path.removesuffix("route") + "load"])
-        for path, plan in found.items()
-        if isinstance(plan, RoutePlan) and path.removesuffix("route") + "load" in found
-    }
-    return plans, program.state
+    shapes: dict[str, Any] = {}
+
+    def call(variables: Any, inputs: Any) -> int:
+        found = flatten(apply(run.model, variables, inputs, capture=("plan",))[1].plans)
+        for path, plan in found.items():
+            prefix = path.removesuffix("route")
+            if isinstance(plan, RoutePlan) and f"{prefix}load" in found:
+                shapes[prefix.rstrip("/")] = plan.experts.shape, found[f"{prefix}load"].shape
+        return 0
+
+    jax.eval_shape(call, variables, program.batch["inputs"])
+    return shapes, program.state
 
 
-def _spread(run: Run, rows: int, experts: int) -> float:
+def _spread(run: Run) -> float:
     """Rows a device computes with one expert for each row of the global batch: the mesh's share."""
     if run.mesh is None:
         return 1.0
@@ -99,10 +105,9 @@ def _spread(run: Run, rows: int, experts: int) -> float:
 
 def _by_shape(run: Run, plans: dict[str, Any]) -> list[Layer]:
     found = []
-    for path, (plan, load) in plans.items():
-        experts, layers = load.shape[-1], load.shape[0] if load.ndim > 1 else 1
-        rows = plan.experts.shape[-2] * plan.experts.shape[-1]
-        each = rows / experts * _spread(run, rows, experts)
+    for path, (slots, loads) in plans.items():
+        experts, layers = loads[-1], loads[0] if len(loads) > 1 else 1
+        each = slots[-2] * slots[-1] / experts * _spread(run)
         found.append(Layer(f"{path} x {layers} (at most)", experts, each))
     return found
 
@@ -112,7 +117,7 @@ def _by_batch(run: Run, plans: dict[str, Any], workdir: Path | None) -> list[Lay
     source = run.task.source("validation" if workdir else "train")
     batch = Loader(source, seed=0, batch_size=run.batch_size).batch(0)
     call = jax.jit(lambda v, x: apply(run.model, v, x, capture=("plan",))[1])
-    aux = jax.device_get(call(variables, batch["inputs"]))
+    aux = call(variables, batch["inputs"])
     loads, events = flatten(aux.plans), flatten(aux.events)
     found = []
     for path in plans:
@@ -121,7 +126,7 @@ def _by_batch(run: Run, plans: dict[str, Any], workdir: Path | None) -> list[Lay
         drops = events.get(f"{path}/dropped/rows")
         lost = np.zeros_like(needed) if drops is None else np.atleast_1d(drops.needed).astype(float)
         for index, load in enumerate(np.atleast_2d(loads[f"{path}/load"]).astype(float)):
-            each = load.mean() * _spread(run, int(load.sum()), len(load))
+            each = load.mean() * _spread(run)
             found.append(
                 Layer(
                     f"{path} #{index}",
