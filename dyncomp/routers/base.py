@@ -25,7 +25,7 @@ class Scored(nn.Module):
     """Base of the routers that score experts, in float32. A subclass says how to choose.
 
     Losses (raw): ``balance`` and ``balance_first`` (two normalisations, `losses.balance_loss`), ``importance``,
-    ``entropy``, ``z``; with noise ``load``; with ``balance_weights`` ``heterogeneous``.
+    ``entropy``, ``z``; ``imbalance``, which is no loss but a figure to watch (`losses.imbalance`); with noise ``load``; with ``balance_weights`` ``heterogeneous``.
 
     Attributes:
       num_experts: e, those without computation included.
@@ -135,6 +135,7 @@ class Scored(nn.Module):
             "importance": losses.importance_loss(clean, mask),
             "entropy": losses.entropy_loss(logits, mask),
             "z": losses.z_loss(noisy, mask),
+            "imbalance": losses.imbalance(plan, self.num_experts),
         }
         if std is not None:
             k, learned = min(plan.experts.shape[-1], self.num_experts), self.noise == "learned"

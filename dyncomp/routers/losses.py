@@ -64,6 +64,12 @@ def _share(plan: RoutePlan, experts: int, mask: Array | None, choices: Choices) 
     return jax.lax.stop_gradient(counts / rows)
 
 
+def imbalance(plan: RoutePlan, num_experts: int) -> Float[Array, ""]:
+    """Largest load / mean load: 1 where all experts get equally many rows. No gradient; 0 for an empty plan."""
+    load = plan.load(num_experts).astype(jnp.float32)
+    return jax.lax.stop_gradient(jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9))
+
+
 def importance_loss(
     probabilities: Float[Array, "n e"], mask: Float[Array, "n"] | None = None
 ) -> Float[Array, ""]:

@@ -11,6 +11,7 @@ from dyncomp.core.plans import RoutePlan
 from dyncomp.routers import (
     balance_loss,
     heterogeneous_loss,
+    imbalance,
     importance_loss,
     load_loss,
     z_loss,
@@ -74,6 +75,13 @@ def test_heterogeneous_minimum_is_inversely_proportional_to_the_weights():
     for _ in range(50):
         other = RNG.dirichlet(np.ones(4))
         assert value(best) <= value(other) + 1e-12
+
+
+def test_imbalance_by_hand():
+    plan = RoutePlan(
+        jnp.asarray([[0, 1], [0, 2], [0, 3]], jnp.int32), jnp.ones((3, 2)), jnp.ones((3, 2), bool)
+    )
+    assert float(imbalance(plan, 4)) == pytest.approx(3 / 1.5)
 
 
 def test_importance_is_the_squared_coefficient_of_variation():

@@ -102,7 +102,9 @@ def test_expert_choice_takes_exactly_c_and_reads_the_future():
     order = np.asarray(RNG.permutation(N))
     again, _ = router.apply(variables, X[order])
     np.testing.assert_allclose(again.one_hot(E), plan.one_hot(E)[order], rtol=1e-5)
-    late, _ = router.apply(variables, X.at[-1].multiply(-100.0))  # the last row outbids an earlier one
+    late, _ = router.apply(
+        variables, X.at[-1].multiply(-100.0)
+    )  # the last row outbids an earlier one
     assert (np.asarray(late.keep[:-1]) != np.asarray(plan.keep[:-1])).any()
     mask = (jnp.arange(N) < 3).astype(jnp.float32)
     few, _ = router.apply(variables, X, mask)
@@ -115,9 +117,7 @@ def test_expert_choice_in_groups_serves_each_apart():
     plan, _ = router.apply(variables, X)
     for g in range(3):
         alone, _ = routers.ExpertChoice(num_experts=E).apply(variables, X[g * 8 : g * 8 + 8])
-        np.testing.assert_allclose(
-            plan.one_hot(E)[g * 8 : g * 8 + 8], alone.one_hot(E), rtol=1e-5
-        )
+        np.testing.assert_allclose(plan.one_hot(E)[g * 8 : g * 8 + 8], alone.one_hot(E), rtol=1e-5)
 
 
 def test_sigmoid_gates_ignore_the_bias_and_selection_follows_it():
