@@ -25,7 +25,8 @@ class Scored(nn.Module):
     """Base of the routers that score experts, in float32. A subclass says how to choose.
 
     Losses (raw): ``balance`` and ``balance_first`` (two normalisations, `losses.balance_loss`), ``importance``,
-    ``entropy``, ``z``; ``imbalance``, which is no loss but a figure to watch (`losses.imbalance`); with noise ``load``; with ``balance_weights`` ``heterogeneous``.
+    ``entropy``, ``z``; ``imbalance``, which is no loss but a figure to watch (`losses.imbalance`); with noise ``load``;
+    with ``balance_weights`` ``heterogeneous``.
 
     Attributes:
       num_experts: e, those without computation included.

@@ -57,9 +57,8 @@ def _last(group_sizes: Array, sizes: tuple[int, ...]) -> tuple[Array, Array]:
     """Whole blocks before a group's last one, and the index of the last one's size; int32 [e], index -1 if empty."""
     whole = jnp.maximum(group_sizes - 1, 0) // sizes[-1]
     rest = group_sizes - whole * sizes[-1]
-    return whole, jnp.sum(
-        rest[:, None] > jnp.asarray((0, *sizes[:-1])), axis=1, dtype=jnp.int32
-    ) - 1
+    limits = jnp.asarray((0, *sizes[:-1]), jnp.int32)
+    return whole, jnp.sum(rest[:, None] > limits[None, :], axis=1, dtype=jnp.int32) - 1
 
 
 def trips(group_sizes: Array, rows: int) -> tuple[tuple[int, Array], ...]:
@@ -91,7 +90,7 @@ def sweeps(group_sizes: Array, rows: int) -> tuple[Sweep, ...]:
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     group = jnp.argsort(last).astype(jnp.int32)
     start = (ends - group_sizes + whole * sizes[-1])[group]
-    bounds = jnp.sum(last[:, None] < jnp.arange(len(sizes) + 1), axis=0, dtype=jnp.int32)
+    bounds = jnp.sum(last[:, None] < jnp.arange(len(sizes) + 1)[None, :], axis=0, dtype=jnp.int32)
     tables = group, start, ends[group]
     found = [Sweep(size, False, bounds[i], bounds[i + 1], *tables) for i, size in enumerate(sizes)]
     capacity = rows // sizes[-1]
