@@ -7,16 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dyncomp_kernels.grouped_matmul import pallas_tpu, ragged, reference, xla
+from dyncomp_kernels.grouped_matmul import mosaic_gpu, pallas_tpu, ragged, reference, xla
 
-Implementation = Literal["xla", "ragged", "pallas", "reference"]
+Implementation = Literal["xla", "ragged", "pallas", "mosaic_gpu", "reference"]
 PLATFORM = {"xla": "default", "pallas": "tpu"}
-MISSING = {
-    "cuda": "no form of its own; the portable XLA loop serves. jax's Mosaic kernels (ragged_dot_mgpu) need Hopper, "
-    "which a platform does not tell; their outputs carry no mesh axes, so that tracing them in shard_map fails for "
-    "every platform; float32 exceeds the shared memory; the weight gradient's asks for a live GPU while it is traced"
-}
-"""Platforms without a form of their own, and what serves them."""
 
 
 def supports(implementation: str, rows, weights, group_sizes) -> str | None:
@@ -27,6 +21,8 @@ def supports(implementation: str, rows, weights, group_sizes) -> str | None:
         return f"shapes disagree: {rows.shape}, {weights.shape}, {group_sizes.shape}"
     if rows.dtype != weights.dtype:
         return f"rows are {rows.dtype} but weights {weights.dtype}; cast one"
+    if implementation == "mosaic_gpu":
+        return mosaic_gpu.supports(rows, weights)
     if implementation not in ("ragged", "pallas"):
         return None
     reason = ragged_dtype(rows.dtype)
@@ -43,7 +39,10 @@ def ragged_dtype(dtype) -> str | None:
 
 def explain(rows, weights, group_sizes) -> dict[str, str]:
     """Which form serves each platform for these arguments (arrays or ShapeDtypeStructs), or why it does not."""
-    said = dict(MISSING)
+    reason = supports("mosaic_gpu", rows, weights, group_sizes)  # a platform does not tell Hopper
+    said = {
+        "cuda": f"xla serves; {reason or 'mosaic_gpu fits, on Hopper, where asked for by name'}"
+    }
     for name, platform in PLATFORM.items():
         said[platform] = supports(name, rows, weights, group_sizes) or f"{name} serves"
     if said["tpu"] != "pallas serves" and not supports("ragged", rows, weights, group_sizes):
@@ -64,7 +63,8 @@ def grouped_matmul(
       rows: [m k], float32 or bfloat16, sorted so that groups are contiguous, group 0 first.
       weights: [e k n], same dtype.
       group_sizes: int32 [e], sum <= m; empty groups are fine.
-      implementation: a form by name; None picks by platform when the program is lowered.
+      implementation: a form by name; None picks by platform when the program is lowered. "mosaic_gpu" promises that
+        what CUDA runs is a Hopper GPU; elsewhere than on CUDA the portable form serves it.
 
     Returns:
       [m n] in the dtype of ``rows``, accumulated in float32. Rows past sum(group_sizes) are zero. Differentiable in
@@ -99,6 +99,9 @@ def _product(name: str, implementation: Implementation | None, like, *args: Arra
         return lax.platform_dependent(
             *args, tpu=kernel, default=functools.partial(kernel, interpret=True)
         )
+    if implementation == "mosaic_gpu":
+        portable = lambda *args: getattr(xla, name)(*args).astype(args[0].dtype)
+        return lax.platform_dependent(*args, cuda=getattr(mosaic_gpu, name), default=portable)
     if implementation:
         return getattr({"xla": xla, "ragged": ragged, "pallas": pallas_tpu}[implementation], name)(
             *args

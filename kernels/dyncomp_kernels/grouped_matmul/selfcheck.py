@@ -40,6 +40,8 @@ def flop_ratios(
     Returns:
       the ratios of "forward", "row_gradient" and "weight_gradient".
     """
+    if implementation == "mosaic_gpu":
+        raise ValueError("mosaic_gpu declares no FLOPs to XLA; compare times")
     device = min(sharding.device_set, key=lambda d: d.id) if sharding else jax.devices()[0]
     if implementation == "xla" or (implementation is None and device.platform != "tpu"):
         sizes = jnp.asarray(group_sizes)

@@ -1,0 +1,85 @@
+"""What needs no GPU: tables, refusals, and lowering for CUDA (lowered here, not compiled, not run)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dyncomp_kernels.grouped_matmul.api import explain, grouped_matmul
+from dyncomp_kernels.grouped_matmul.cases import LANES, LARGE, SMALL, Case
+from dyncomp_kernels.grouped_matmul.selfcheck import flop_ratios
+from dyncomp_kernels.grouped_matmul.test_grouped_matmul import by_hand, problem
+from dyncomp_kernels.grouped_matmul.tiles import tiles
+
+ODD = Case("odd", 301, 128, 256, (3, 0, 150, 1, 97))
+
+
+def both(rows, weights, sizes, cotangent):
+    fn = lambda r, w: grouped_matmul(r, w, sizes, implementation="mosaic_gpu")
+    out, pull = jax.vjp(fn, rows, weights)
+    return out, *pull(cotangent)
+
+
+def shapes(case, copies=1):
+    make = lambda shape, dtype="bfloat16": jax.ShapeDtypeStruct(
+        (copies * shape[0], *shape[1:]), dtype
+    )
+    e = len(case.sizes)
+    rows, weights = make((case.m, case.k)), make((e, case.k, case.n))
+    return rows, weights, make((e,), "int32"), make((case.m, case.n))
+
+
+@pytest.mark.parametrize("case", [*SMALL, *LANES, *LARGE, ODD], ids=lambda case: case.name)
+def test_tiles_cover_every_row_once_within_its_group(case):
+    found = tiles(jnp.asarray(case.sizes, jnp.int32), case.m, 16)
+    owner = np.repeat(np.arange(len(case.sizes) + 1), [*case.sizes, case.m - sum(case.sizes)])
+    seen = []
+    for group, base, skip, rows in zip(*map(np.asarray, found), strict=True):
+        if rows:
+            assert base % 8 == 0 and 0 <= skip < 8 and skip + rows <= 16
+            own = range(base + skip, base + skip + rows)
+            assert set(owner[own]) == {group}
+            seen += own
+    assert seen == list(range(case.m))
+
+
+@pytest.mark.parametrize("case", [*LANES, ODD], ids=lambda case: case.name)
+def test_lowers_for_cuda_without_one(case):
+    text = jax.export.export(jax.jit(both), platforms=["cuda"])(*shapes(case)).mlir_module()
+    assert text.count("mosaic_gpu") >= 3
+    assert "stablehlo.while" not in text
+
+
+def test_lowers_inside_shard_map():
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    spec = jax.sharding.PartitionSpec("data")
+    fn = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 3))
+    text = jax.export.export(fn, platforms=["cuda"])(*shapes(ODD)).mlir_module()
+    assert text.count("mosaic_gpu") >= 3
+
+
+def test_the_portable_form_serves_other_platforms():
+    rows, weights, sizes = problem(ODD, "bfloat16")
+    cotangent = jnp.asarray(np.random.default_rng(2).normal(size=(ODD.m, ODD.n)), "bfloat16")
+    exact = by_hand(rows, weights, sizes, cotangent)
+    for ours, expected in zip(jax.jit(both)(rows, weights, sizes, cotangent), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float64), expected, atol=1e-2 * np.abs(expected).max()
+        )
+
+
+def test_says_what_fits_and_refuses_the_rest():
+    fits = shapes(LANES[0])[:3]
+    assert explain(*fits)["cuda"].startswith("xla serves; mosaic_gpu fits, on Hopper")
+    assert "mosaic_gpu takes bfloat16" in explain(*problem(LANES[0]))["cuda"]
+    for case, reason in ((LANES[0], "takes bfloat16, not float32"), (SMALL[0], "k=6, n=5, m=64")):
+        dtype = "float32" if case is LANES[0] else "bfloat16"
+        with pytest.raises(ValueError, match=reason):
+            grouped_matmul(*problem(case, dtype), implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="at least one row"):
+        jax.eval_shape(both, *shapes(Case("none", 0, 128, 128, (0, 0))))
+    with pytest.raises(ValueError, match="declares no FLOPs"):
+        flop_ratios(*fits, implementation="mosaic_gpu")
