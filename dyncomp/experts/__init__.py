@@ -5,6 +5,7 @@ from dyncomp.experts.convert import SliceDense, UpcycleDense
 from dyncomp.experts.exchange import Exchange
 from dyncomp.experts.ffn import MLP, SwiGLU
 from dyncomp.experts.free import FreeExperts
+from dyncomp.experts.hopper import HopperMLPBank, HopperSwiGLUBank
 from dyncomp.experts.ladder import Ladder, LadderBank
 from dyncomp.experts.moe import MoE
 from dyncomp.experts.sliced import SlicedFFN
@@ -12,6 +13,8 @@ from dyncomp.experts.sliced import SlicedFFN
 __all__ = [
     "Exchange",
     "FreeExperts",
+    "HopperMLPBank",
+    "HopperSwiGLUBank",
     "Ladder",
     "LadderBank",
     "MLP",

@@ -4,6 +4,7 @@ A bank class goes into the seam `MoE.bank`. Beside the methods of `dyncomp.core.
 parameters are made, along which logical axes they may be split, and what a row costs.
 """
 
+import functools
 from typing import ClassVar
 
 import jax
@@ -15,7 +16,7 @@ from dyncomp.core.dtypes import DTypes
 from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Float, Int
-from dyncomp_kernels.grouped_matmul.api import grouped_matmul
+from dyncomp_kernels.grouped_matmul.api import Implementation, grouped_matmul
 from dyncomp_kernels.grouped_matmul.xla import executed_rows
 
 INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
@@ -40,6 +41,7 @@ class SwiGLUBank:
     up: Float[Array, "e d f"]
     down: Float[Array, "e f d"]
     axes: ClassVar = {"gate": WIDE, "up": WIDE, "down": NARROW}
+    matmul: ClassVar[Implementation | None] = None
 
     @classmethod
     def create(cls, module: nn.Module, e: int, d: int, f: int, dtype: str) -> "SwiGLUBank":
@@ -58,9 +60,9 @@ class SwiGLUBank:
         self, rows: Float[Array, "m d"], group_sizes: Int[Array, "e"]
     ) -> Float[Array, "m d"]:
         """Contiguous rows of each expert in order; only those in use are multiplied."""
-        gate = grouped_matmul(rows, self.gate, group_sizes)
-        up = grouped_matmul(rows, self.up, group_sizes)
-        return grouped_matmul(jax.nn.silu(gate) * up, self.down, group_sizes)
+        product = functools.partial(grouped_matmul, implementation=self.matmul)
+        gate, up = (product(rows, weights, group_sizes) for weights in (self.gate, self.up))
+        return product(jax.nn.silu(gate) * up, self.down, group_sizes)
 
     def batched(self, rows: Float[Array, "e c d"]) -> Float[Array, "e c d"]:
         """c rows for each expert."""
@@ -100,6 +102,7 @@ class MLPBank:
         "down": NARROW,
         "down_bias": ("expert", "embed"),
     }
+    matmul: ClassVar[Implementation | None] = None
 
     @classmethod
     def create(cls, module: nn.Module, e: int, d: int, f: int, dtype: str) -> "MLPBank":
@@ -122,8 +125,9 @@ class MLPBank:
         """Contiguous rows of each expert in order; only those in use are multiplied."""
         member = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right")
         member = jnp.minimum(member, group_sizes.shape[0] - 1)
-        hidden = grouped_matmul(rows, self.up, group_sizes) + self.up_bias[member]
-        return grouped_matmul(jax.nn.gelu(hidden), self.down, group_sizes) + self.down_bias[member]
+        product = functools.partial(grouped_matmul, implementation=self.matmul)
+        hidden = product(rows, self.up, group_sizes) + self.up_bias[member]
+        return product(jax.nn.gelu(hidden), self.down, group_sizes) + self.down_bias[member]
 
     def batched(self, rows: Float[Array, "e c d"]) -> Float[Array, "e c d"]:
         """c rows for each expert."""
