@@ -32,8 +32,8 @@ class MoE(nn.Module):
 
     Events: ``router/rows``; ``experts/rows`` (row-expert pairs; executed ones include block padding, unused capacity
     and masked work); ``dropped/rows`` (free of charge) where a capacity limits; ``free/rows`` and ``shared/tokens``
-    where there are such experts. Plans (captured): ``route`` (slots of experts with a network), ``load`` int32 [e] (rows
-    each expert is chosen for, free ones last) and ``free`` float32 [n free] (the gates of free experts).
+    where there are such experts. Plans (captured): ``route`` (slots of experts with a network), ``load`` int32 [e]
+    (rows each expert is chosen for, free ones last) and ``free`` float32 [n free] (the gates of free experts).
 
     Attributes:
       router: factory, called with ``num_experts``, those without a network included.
