@@ -38,7 +38,12 @@ METRICS = {
 }
 STEPS, BATCHES, PICTURE_BATCHES = 300, 100, 12
 NETWORKS, FREE, K = 8, 4, 2
-QUICK = ["DEPTH=1", "BATCH=4", "tasks.CodeLM.context=32", "experts.MoE.dispatch='mask'"]  # compiles fast
+QUICK = [
+    "DEPTH=1",
+    "BATCH=4",
+    "tasks.CodeLM.context=32",
+    "experts.MoE.dispatch='mask'",
+]  # compiles fast
 
 
 def balance(tau: float) -> float:

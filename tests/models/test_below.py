@@ -19,7 +19,9 @@ def language_model(router, layers="scan", dense_between=False, **options):
     mixer = functools.partial(attention.Attention, heads=2)
     moe = functools.partial(experts.MoE, router=router, num_experts=E, hidden=8, **options)
     block = functools.partial(models.Block, mixer=mixer, ffn=moe)
-    dense = functools.partial(models.Block, mixer=mixer, ffn=functools.partial(experts.SwiGLU, hidden=8))
+    dense = functools.partial(
+        models.Block, mixer=mixer, ffn=functools.partial(experts.SwiGLU, hidden=8)
+    )
     blocks = [block, dense] if dense_between else [block]
     return models.DecoderLM(
         vocab_size=16, d_model=D, groups=[models.Group(blocks, 3)], layers=layers
@@ -67,8 +69,6 @@ def test_images_have_no_tokens_to_hash():
     moe = functools.partial(experts.MoE, router=routers.Hash, num_experts=E, hidden=8)
     mixer = functools.partial(attention.Attention, heads=2, causal=False, rope_theta=None)
     block = functools.partial(models.Block, mixer=mixer, ffn=moe)
-    net = models.VisionTransformer(
-        classes=3, patch=4, d_model=D, groups=[models.Group([block], 2)]
-    )
+    net = models.VisionTransformer(classes=3, patch=4, d_model=D, groups=[models.Group([block], 2)])
     with pytest.raises(DyncompError, match="no token ids"):
         jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
