@@ -57,11 +57,11 @@ def heterogeneous_loss(
 
 def _share(plan: RoutePlan, experts: int, mask: Array | None, choices: Choices) -> Array:
     """Fraction of rows that chose each expert; no gradient."""
-    slots = slice(None) if choices == "all" else slice(1)
-    index = jnp.where(plan.keep[:, slots], plan.experts[:, slots], experts)
-    counts = jnp.zeros((experts + 1,), jnp.float32).at[index].add(1.0)[:experts]
+    if choices == "first":
+        plan = RoutePlan(plan.experts[:, :1], plan.weights[:, :1], plan.keep[:, :1])
     rows = plan.keep.shape[0] if mask is None else jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1)
-    return jax.lax.stop_gradient(counts / rows)
+    # The load of a plan is counted once a layer: dispatch, losses and figures share the compiled count.
+    return jax.lax.stop_gradient(plan.load(experts).astype(jnp.float32) / rows)
 
 
 def imbalance(plan: RoutePlan, num_experts: int) -> Float[Array, ""]:
