@@ -38,7 +38,10 @@ def needed(shown: list[dict[str, Any]], path: Path) -> None:
     for index, one in enumerate(shown):
         axes.plot(one["largest"], color=f"C{index}", lw=1)
         axes.axhline(max(one["largest"]), color=f"C{index}", lw=0.6, ls=":")
-    axes.set(xlabel="test batch (one colour a seed; dotted: its largest)", ylabel="rows of the fullest expert")
+    axes.set(
+        xlabel="test batch (one colour a seed; dotted: its largest)",
+        ylabel="rows of the fullest expert",
+    )
     drawing.save(figure, path)
 
 
