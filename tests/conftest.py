@@ -19,3 +19,22 @@ def strict():
     """No implicit dtype or rank promotion (optax steps can't run under it)."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def counting_jit():
+    """``jax.jit`` of a function, and a list that grows by one at every trace.
+
+    The size of jax's own call cache counts nothing in a long process: it drops entries when many programs are alive.
+    """
+
+    def make(fn, **options):
+        traces = []
+
+        def counted(*args):
+            traces.append(1)
+            return fn(*args)
+
+        return jax.jit(counted, **options), traces
+
+    return make

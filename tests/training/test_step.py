@@ -13,7 +13,7 @@ from dyncomp.training.engine import Engine
 from dyncomp.training.evaluate import Evaluator, set_controls
 from dyncomp.training.optimizers import freeze, schedule
 from dyncomp.training.state import paths
-from dyncomp.training.step import train_step
+from dyncomp.training.step import eval_step, train_step
 
 PLAIN = SGD(learning_rate=0.1, schedule="constant", momentum=0.0)
 
@@ -169,18 +169,19 @@ def test_groups_take_turns_and_a_waiting_group_keeps_its_moments():
         jax.tree.map(np.testing.assert_array_equal, held[1]["^out/"], held[3]["^out/"])
 
 
-def test_seeds_and_thresholds_do_not_recompile():
+def test_seeds_and_thresholds_do_not_recompile(counting_jit):
     run = make_run()
     engine = Engine(run)
-    step = jax.jit(train_step(run, engine.stages[0], engine._tx(0)))
+    step, traces = counting_jit(train_step(run, engine.stages[0], engine._tx(0)))
     state = engine.fresh()
     for seed, threshold in ((0, 0.0), (1, 0.0), (2, 0.7)):
         changed = set_controls({"controls": state.controls}, {"threshold": threshold})["controls"]
         step(state.replace(controls=changed), batch_of(), np.int32(seed))
-    assert step._cache_size() == 1
+    assert len(traces) == 1
     evaluator = Evaluator(make_run(sweep={"threshold": [0.0, 0.5, 1.0]}))
+    evaluator.step, traces = counting_jit(eval_step(evaluator.run))
     rows = evaluator.pareto(state.variables)
-    assert evaluator.step._cache_size() == 1
+    assert len(traces) == 1
     x = Regression().source("validation").batch(np.arange(64))["inputs"][:, 0]
     price = 2 * 8 * 5
     assert [r["flops_needed"] for r in rows[1:]] == [
