@@ -14,10 +14,11 @@ from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.plans import RoutePlan
-from dyncomp.core.sharding import local_op, param
+from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Factory, Float, Int, check_factory
 from dyncomp.experts.bank import moved
 from dyncomp.experts.ffn import INIT
+from dyncomp.experts.local import on_own_rows
 from dyncomp_kernels.grouped_matmul.api import grouped_matmul
 from dyncomp_kernels.grouped_matmul.xla import executed_rows
 
@@ -143,27 +144,18 @@ class Ladder(nn.Module):
         return LadderBank(tuple(module(f) if f else None for f in self.widths))
 
     def _run(self, plan: RoutePlan, rows: Array, bank: LadderBank) -> tuple[Array, Array]:
-        """Output, and rows executed by each module; on each device's own rows under a mesh."""
-        leaves, treedef = jax.tree.flatten((plan, bank))
+        """Output, and rows executed by each module."""
 
-        def local(rows: Array, *leaves: Array) -> tuple[Array, Array]:
-            plan, bank = jax.tree.unflatten(treedef, leaves)
-            cast = jax.tree.map(lambda w: w.astype(rows.dtype), bank)
+        def run(plan: RoutePlan, rows: Array, bank: LadderBank) -> tuple[Array, Array]:
             e = len(self.widths)
-            y, _ = getattr(dispatch, self.dispatch)(plan, rows, cast, e)
+            y, _ = getattr(dispatch, self.dispatch)(plan, rows, bank, e)
             if self.dispatch == "mask":
-                each = jnp.asarray([rows.shape[0] if f else 0 for f in self.widths], jnp.int32)
-            else:
-                each = cast.executed_each(plan.load(e), plan.experts.size)
-            return y, each[None]
+                each = [rows.shape[0] if f else 0 for f in self.widths]
+                return y, jnp.asarray(each, jnp.int32)
+            return y, bank.executed_each(plan.load(e), plan.experts.size)
 
-        split = lambda leaf: ("rows", *(None,) * (leaf.ndim - 1))
-        whole = lambda leaf: (None,) * leaf.ndim
-        names = [*map(split, jax.tree.leaves(plan)), *map(whole, jax.tree.leaves(bank))]
-        y, each = local_op(local, [split(rows), *names], (split(rows), ("rows", None)))(
-            rows, *leaves
-        )
-        return y, jnp.sum(each, axis=0, dtype=jnp.int32)
+        y, each = on_own_rows(run, plan, rows, bank)
+        return y, each
 
     def cost(self, d_model: int) -> dict[str, dict[str, Cost]]:
         """Prices of scoring a row and of one row through each module."""

@@ -15,14 +15,14 @@ from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.plans import RoutePlan
-from dyncomp.core.sharding import local_op, param
+from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Factory, Float, check_factory
-from dyncomp.experts import exchange as exchanges
 from dyncomp.experts import remote
 from dyncomp.experts.bank import SwiGLUBank
 from dyncomp.experts.capacity import Rounding, heterogeneous_slots, slots_per_expert
-from dyncomp.experts.exchange import Exchange, Layout
+from dyncomp.experts.exchange import Exchange, Layout, layout
 from dyncomp.experts.free import FreeExperts, Kind, check_kinds
+from dyncomp.experts.local import on_own_rows
 
 Dispatch = Literal["dropless", "mask", "capacity", "gather"]
 
@@ -197,25 +197,18 @@ class MoE(nn.Module):
         return heterogeneous_slots(assignments, weights, self.capacity_factor)
 
     def _run(self, plan: RoutePlan, rows: Array, bank: Any) -> tuple[Array, Array, Array]:
-        """Dispatch and experts, on each device's own rows under a mesh; rows or weights travel (`Exchange`)."""
-        leaves, treedef = jax.tree.flatten((plan, bank))
+        """Output, executed and dropped rows; under a mesh rows or weights travel (`Exchange`)."""
         travels = self.dispatch in ("dropless", "capacity")
-        where = exchanges.layout(self.exchange, self.num_experts) if travels else None
-
-        def local(rows, *leaves):
-            plan, bank = jax.tree.unflatten(treedef, leaves)
-            bank = jax.tree.map(lambda w: w.astype(rows.dtype), bank)
-            y, stats = self._dispatch(plan, rows, bank, where)
-            return y, stats.executed[None], stats.dropped[None]
-
-        split = lambda leaf: ("rows", *(None,) * (leaf.ndim - 1))
+        where = layout(self.exchange, self.num_experts) if travels else None
         axes = [bank.axes[field.name] for field in dataclasses.fields(bank)]
-        whole = lambda names: (None,) * len(names)
-        names = [*map(split, jax.tree.leaves(plan)), *map(where.names if where else whole, axes)]
-        run = local_op(local, [split(rows), *names], (split(rows), ("rows",), ("rows",)))
-        y, executed, dropped = run(rows, *leaves)
-        total = lambda counts: jnp.sum(counts, dtype=jnp.int32)  # noqa: E731
-        return y, total(executed), total(dropped)
+
+        def run(plan: RoutePlan, rows: Array, bank: Any) -> tuple[Array, Array, Array]:
+            y, stats = self._dispatch(plan, rows, bank, where)
+            return y, stats.executed, stats.dropped
+
+        names = [where.names(names) for names in axes] if where else None
+        y, executed, dropped = on_own_rows(run, plan, rows, bank, names, counts=2)
+        return y, executed, dropped
 
     def _dispatch(self, plan: RoutePlan, rows: Array, bank: Any, where: Layout | None = None):
         if self.dispatch == "dropless" and where:

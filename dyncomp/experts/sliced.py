@@ -17,10 +17,10 @@ from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.plans import RoutePlan
-from dyncomp.core.sharding import local_op
 from dyncomp.core.typing import Array, Factory, Float, check_factory
 from dyncomp.experts.bank import SwiGLUBank
 from dyncomp.experts.ffn import SwiGLU
+from dyncomp.experts.local import on_own_rows
 from dyncomp.routers.imitation import Outputs
 
 Dispatch = Literal["dropless", "mask", "gather"]
@@ -142,20 +142,14 @@ class SlicedFFN(nn.Module):
         return dataclasses.replace(plan, weights=weights, priority=None), losses
 
     def _run(self, plan: RoutePlan, rows: Array, bank: SwiGLUBank) -> tuple[Array, Array]:
-        """Dispatch on each device's own rows under a mesh (weights gathered whole); output and executed rows."""
-        leaves, treedef = jax.tree.flatten((plan, bank))
+        """Output and executed rows."""
 
-        def local(rows, *leaves):
-            plan, bank = jax.tree.unflatten(treedef, leaves)
+        def run(plan: RoutePlan, rows: Array, bank: SwiGLUBank) -> tuple[Array, Array]:
             y, stats = getattr(dispatch, self.dispatch)(plan, rows, bank, self.num_slices)
-            return y, stats.executed[None]
+            return y, stats.executed
 
-        split = lambda leaf: ("rows", *(None,) * (leaf.ndim - 1))
-        whole = lambda leaf: (None,) * leaf.ndim
-        names = [*map(split, jax.tree.leaves(plan)), *map(whole, jax.tree.leaves(bank))]
-        run = local_op(local, [split(rows), *names], (split(rows), ("rows",)))
-        y, executed = run(rows, *leaves)
-        return y, jnp.sum(executed, dtype=jnp.int32)
+        y, executed = on_own_rows(run, plan, rows, bank)
+        return y, executed
 
     def cost(self, d_model: int) -> dict[str, dict[str, Cost]]:
         """Prices of scoring a row, of a row through one slice and, for a router that learns, through everything."""
