@@ -50,10 +50,49 @@ def section(result):
     )
 
 
+def gpus(result):
+    """What `gpus.py` printed on one machine."""
+    text = f"## {result['gpus']} x {result['gpu']}\n\n`python docs/bench/gpus.py`, jax {result['jax']}.\n"
+    return "\n".join([text, *(_exchanges(result) if "layer" in result else _products(result)), ""])
+
+
+def _products(result):
+    checked, spills = result["checked"], result["spills"]
+    rates = lambda row, form: " / ".join(f"{rate:.0f}" for rate in row[form])  # noqa: E731
+    return [
+        f"Hopper form on {checked['problems']} problems: largest error of value and gradients {checked['worst']:.4f}",
+        "of the array's largest number (bfloat16).",
+        f"{spills['kernels']} kernels, at most {spills['registers']} registers, {spills['bytes']} bytes spilled.\n",
+        "TFLOP/s of one grouped product, Dirichlet(4) load, bfloat16, forward / forward and backward; dense is one",
+        "product of equal FLOPs:\n",
+        "| rows x d x f | groups | dense | Hopper form | portable loop |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['rows']} x {row['inner']} x {row['columns']} | {row['groups']} | {rates(row, 'dense')} | "
+            f"{rates(row, 'hopper')} | {rates(row, 'portable')} |"
+            for row in result["products"]
+        ),
+    ]
+
+
+def _exchanges(result):
+    return [
+        "A layer of 64 experts, six a row, 32,768 rows in all, d 2048, f 1408, bfloat16, Hopper bank; differences are",
+        "of a small float32 layer to one device:\n",
+        "| exchange | forward ms | gradients ms | difference of outputs | of gradients |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['exchange']} | {row['forward_ms']:.1f} | {row['gradients_ms']:.1f} | {apart['output']:.1g} | "
+            f"{apart['gradients']:.1g} |"
+            for row, apart in zip(result["layer"], result["differences"], strict=True)
+        ),
+    ]
+
+
 def page():
     """The whole page."""
-    results = [json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))]
-    return "\n".join([HEAD, *map(section, results)])
+    read = lambda pattern: [json.loads(path.read_text()) for path in sorted(HERE.glob(pattern))]  # noqa: E731
+    return "\n".join([HEAD, *map(section, read("*.json")), *map(gpus, read("gpus/*.json"))])
 
 
 if __name__ == "__main__":

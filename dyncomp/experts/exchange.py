@@ -29,8 +29,8 @@ class Exchange:
       pair_factor: without a capacity, rows that one device may send to another, as a multiple of the even share;
         what is above is dropped and counted. None: as many as there can be, nothing is dropped.
       ragged: without a capacity, send exactly the kept rows on platforms that can (TPU, GPU). False pads everywhere:
-        needed on slices of v5e above 4x4, for which the compiler of jax 0.10.2 has no ragged form, and seven times
-        faster on four H200 with a ``pair_factor`` of 2 (docs/experts.md).
+        needed on slices of v5e above 4x4, for which the compiler of jax 0.10.2 has no ragged form, and with a
+        ``pair_factor`` several times faster on GPUs (docs/benchmarks.md).
     """
 
     slices: int | None = None

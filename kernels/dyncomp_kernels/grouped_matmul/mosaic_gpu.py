@@ -5,17 +5,7 @@ start where groups do (`tiles`), and their tables come ready; rows past the last
 kernel; rows of other groups never reach a weight gradient, not even as 0 x nan; results vary over the mesh axes of the
 arguments, so that they trace inside `shard_map`; nothing asks for a GPU while tracing, nor for more than jax.
 
-Measured on one H100, jax 0.11.2, 2026-11-26: TF/s forward, and forward with both gradients; Dirichlet(4) load; median
-of 15 times of 10 calls in a row; "dense" is one product of equal FLOPs, "jax" the forward of `ragged_dot_mgpu`::
-
-    rows x k x n          groups   dense       this        XLA loop    jax
-    8192 x 4096 x 3584         8   715   659   502   499   112    87   501
-    8192 x 4096 x 3584        64   691   649   269   241    56    37   252
-    16384 x 2048 x 1408        8   626   659   492   522    46    49   493
-    16384 x 2048 x 1408       64   643   680   338   321    35    31   334
-
-There too, 61 loads of up to 64 groups (the shared ones that fit; even, Dirichlet(4), one-hot, empty groups, unused rows
-of nan, inside `shard_map` on a mesh of one): value and both gradients within rounding of float64 by hand.
+Checked against float64 and timed by ``docs/bench/gpus.py``; docs/benchmarks.md has what it printed.
 """
 
 import functools
