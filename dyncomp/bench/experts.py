@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dyncomp.bench import free_layer, fresh, layer, peers, timing
+from dyncomp.bench import fresh, layer, peers, savings, timing
 from dyncomp.bench.overhead import QUICK, Scale, make_run
 from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Factory
@@ -40,10 +40,10 @@ REFERENCE = "(seconds dense / seconds experts) / (FLOPs dense / FLOPs needed): {
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """One row a router and part, then those of `layer`, `free_layer` and `peers`; ``quick`` takes few of each."""
+    """One row a router and part, then those of `layer`, `savings` and `peers`; ``quick`` takes few of each."""
     parts = PARTS[:1] if quick else PARTS
     found = [_row(router, part, quick) for router in ROUTERS for part in parts]
-    return [*found, *layer.rows(quick), *free_layer.rows(quick), *peers.rows(quick)]
+    return [*found, *layer.rows(quick), *savings.rows(quick), *peers.rows(quick)]
 
 
 def _row(router: str, part: str, quick: bool) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """Planted loads, and the doctor's figures by hand."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
 from dyncomp import bench, config
-from dyncomp.bench import doctor, loads
+from dyncomp.bench import doctor, layer, loads, rivals
 from dyncomp.core.errors import DyncompError
+from dyncomp.experts import MoE
+from dyncomp.routers import TopK
 
 TINY = ["DEPTH=2", "D_MODEL=16", "EXPERT_HIDDEN=8", "BATCH=4", "tasks.CodeLM.context=32"]
 
@@ -31,6 +34,22 @@ def test_biases_plant_the_load(name, experts):
         assert found[0] == pytest.approx(0.5, abs=0.01)
     else:
         np.testing.assert_allclose(found, target, atol=0.015)
+
+
+def test_rivals_compute_the_same_layer():
+    x = layer.inputs(64, 16)
+    router = functools.partial(TopK, k=2)
+    build = lambda form: MoE(
+        router=router, num_experts=4, hidden=8, parent=None, **rivals.options(form)
+    )
+    variables = layer.plant(build("dropless"), x, loads.shares("dirichlet4", 4))
+    ours, ragged, limited = (
+        layer.outputs(build(form))(variables, x) for form in ("dropless", "ragged_dot", "capacity")
+    )
+    np.testing.assert_allclose(ragged, ours, atol=1e-6)
+    masks = rivals.one_hot(2, variables, x)
+    np.testing.assert_allclose(masks, limited, atol=1e-6)  # the same rows are dropped
+    assert np.abs(limited - ours).max() > 1e-3
 
 
 def test_the_doctor_counts_rows_padding_and_drops():
