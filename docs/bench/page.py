@@ -89,10 +89,37 @@ def _exchanges(result):
     ]
 
 
+def tpus(result):
+    """What `tpu.py` read in the compiler's schedules."""
+    m, k, n, e = result["shape"].values()
+    ratio = lambda row: "" if row["flop_ratio"] is None else f"{row['flop_ratio']:.3f}"  # noqa: E731
+    return "\n".join(
+        [
+            "## TPUs, compiled only\n",
+            f"`python docs/bench/tpu.py`. Grouped product of {m} x {k} x {n}, {e} groups, bfloat16. FLOPs counted over",
+            "the ideal; bundles (cycles) of the kernel's main region and the share of matrix slots filled.\n",
+            "| chip | kernel | FLOP ratio | bundles | matrix slots |",
+            "| --- | --- | --- | --- | --- |",
+            *(
+                f"| {row['chip']} | {row['kernel']} | {ratio(row)} | {row['bundles']} | {row['matrix_slots']:.2f} |"
+                for row in result["rows"]
+            ),
+            "",
+        ]
+    )
+
+
 def page():
     """The whole page."""
     read = lambda pattern: [json.loads(path.read_text()) for path in sorted(HERE.glob(pattern))]  # noqa: E731
-    return "\n".join([HEAD, *map(section, read("*.json")), *map(gpus, read("gpus/*.json"))])
+    return "\n".join(
+        [
+            HEAD,
+            *map(section, read("*.json")),
+            *map(gpus, read("gpus/*.json")),
+            *map(tpus, read("tpus/*.json")),
+        ]
+    )
 
 
 if __name__ == "__main__":

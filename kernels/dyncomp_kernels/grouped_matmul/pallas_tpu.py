@@ -1,13 +1,9 @@
 """TPU form: forward by XLA's native kernel, both gradients by our own kernels.
 
-Why, as compiled by the libtpu that jax 0.10.2 pins, 8192 rows, k 1024, n 2048, 8 groups, bfloat16, v5e: native
-`ragged_dot` counts 1.00x the ideal FLOPs and schedules 0.93 of the ideal cycles in tiles of 128 rows (megablox at
-512x1024x1024: 0.96, but with up to 512 padded rows a group). Its weight gradient is compiled densely, 8.0x the FLOPs
-with 8 groups, and its row gradient transposes the weights first, which costs as much again as the product. megablox has
-both gradients, but its outputs carry no mesh axes, so that `shard_map` refuses it.
-
-As scheduled for a v5e, one grid step: the row gradient 3,954 cycles of 4,096 ideal ones (tile 256x512x2048), the weight
-gradient 4,815 of 4,096 (512x512x1024; rows of other groups are masked).
+Why, as compiled by the libtpu that jax 0.10.2 pins: native `ragged_dot` counts the ideal FLOPs, but its weight gradient
+is compiled densely, as many times the ideal as there are groups, and its row gradient transposes the weights first.
+megablox has both gradients, but its outputs carry no mesh axes, so that `shard_map` refuses it, and it pads every group
+to its tile. ``docs/bench/tpu.py`` reads the FLOPs and the static schedules; docs/benchmarks.md has what it printed.
 """
 
 import functools
@@ -85,12 +81,22 @@ def _weight_kernel(tile, group, at, start, end, total, left, right, out, acc):
     def _():
         acc[...] = jnp.zeros_like(acc)
 
-    @pl.when((v <= last) & (end[group[v]] > start[group[v]]))
-    def _():
-        own = own_rows(v, tables, tile)
-        a, b = jnp.where(own, left[...], 0), jnp.where(own, right[...], 0)
+    def add(a, b):
         contract = (((0,), (0,)), ((), ()))
         acc[...] += lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+    first, stop = start[group[v]], end[group[v]]
+    used = (v <= last) & (stop > first)
+    whole = (first <= at[v] * tile) & (stop >= (at[v] + 1) * tile)
+
+    @pl.when(used & whole)
+    def _():
+        add(left[...], right[...])
+
+    @pl.when(used & ~whole)
+    def _():
+        own = own_rows(v, tables, tile)  # of both: 0 x nan of another group's row is nan
+        add(jnp.where(own, left[...], 0), jnp.where(own, right[...], 0))
 
     @pl.when((v == last) | ((v < last) & (after != group[v])))
     def _():

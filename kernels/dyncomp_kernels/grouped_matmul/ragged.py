@@ -1,4 +1,4 @@
-"""The form of jax itself: on TPU native for the products by group (1.00x of the ideal FLOPs with the libtpu of jax).
+"""The form of jax itself: on TPU native for the products by group (the ideal FLOPs with the libtpu that jax pins).
 
 Its weight gradient is compiled densely there, and all of it on other platforms: as many times the ideal FLOPs as there
 are groups.
