@@ -15,7 +15,7 @@ from flax import struct
 
 from dyncomp.core import choose
 from dyncomp.core.typing import Array, Float, Int
-from dyncomp.routers.losses import _mean as mean_rows
+from dyncomp.routers.losses import mean_rows
 
 Direction = Literal["router", "label"]
 CLIP = 1e-7

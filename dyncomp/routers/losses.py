@@ -15,7 +15,9 @@ from dyncomp.core.typing import Array, Float
 Choices = Literal["all", "first"]
 
 
-def _mean(values: Float[Array, "n *rest"], mask: Float[Array, "n"] | None) -> Float[Array, "*rest"]:
+def mean_rows(
+    values: Float[Array, "n *rest"], mask: Float[Array, "n"] | None
+) -> Float[Array, "*rest"]:
     """Mean over real rows; 0 when there is none."""
     if mask is None:
         return jnp.mean(values, axis=0)
@@ -38,7 +40,7 @@ def balance_loss(
     they sum to 1 (GShard, V-MoE, Tutel). Neither is a lower bound: f and P may disagree.
     """
     share = _share(plan, probabilities.shape[-1], mask, choices)
-    return probabilities.shape[-1] * jnp.sum(share * _mean(probabilities, mask))
+    return probabilities.shape[-1] * jnp.sum(share * mean_rows(probabilities, mask))
 
 
 def heterogeneous_loss(
@@ -52,7 +54,7 @@ def heterogeneous_loss(
     No factor e. Where f follows P the constrained minimum has P_i proportional to 1/w_i.
     """
     share = _share(plan, probabilities.shape[-1], mask, "all")
-    return jnp.sum(weights * share * _mean(probabilities, mask))
+    return jnp.sum(weights * share * mean_rows(probabilities, mask))
 
 
 def _share(plan: RoutePlan, experts: int, mask: Array | None, choices: Choices) -> Array:
@@ -77,7 +79,7 @@ def importance_loss(
 
     Of the whole softmax without noise, as V-MoE has it (Shazeer et al. sum the sparse gates). Population variance.
     """
-    return _variation(_mean(probabilities, mask))
+    return _variation(mean_rows(probabilities, mask))
 
 
 def load_loss(
@@ -106,7 +108,7 @@ def load_loss(
             return jnp.float32(0)  # every expert is always chosen
         threshold = jnp.where(noisy >= threshold, ordered[:, k : k + 1], threshold)
     chosen = jax.scipy.stats.norm.cdf((clean - threshold) / std)
-    return _variation(_mean(chosen, mask))
+    return _variation(mean_rows(chosen, mask))
 
 
 def _variation(values: Float[Array, "e"]) -> Float[Array, ""]:
@@ -119,9 +121,9 @@ def entropy_loss(
 ) -> Float[Array, ""]:
     """Mean entropy of softmax(logits) in nats: the dynamic loss of arXiv 2403.07652; minimised, it sharpens routing."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
-    return _mean(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1), mask)
+    return mean_rows(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1), mask)
 
 
 def z_loss(logits: Float[Array, "n e"], mask: Float[Array, "n"] | None = None) -> Float[Array, ""]:
     """Mean squared log-partition (Zoph et al. 2022, eq. 5): keeps logits small."""
-    return _mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)), mask)
+    return mean_rows(jnp.square(jax.nn.logsumexp(logits, axis=-1)), mask)

@@ -18,7 +18,8 @@ from dyncomp.routers.softmax import TopK
 class Random(nn.Module):
     """Uniformly random distinct experts, each weighted 1/count: what a learned router has to beat.
 
-    The key is drawn from the stream ``router`` while training and is fixed otherwise, so evaluation is reproducible.
+    The key is drawn from the stream ``router`` while training and is fixed otherwise, so evaluation is reproducible: all layers
+    then draw the same pattern for equally many rows.
 
     Attributes:
       num_experts: e.
@@ -61,7 +62,7 @@ class RandomFree(TopK):
 
     How many of a row's k experts are networks is drawn from a histogram; they are the ones that score highest, the
     rest are random free experts. Gates are those of `TopK`. A control for routers over both kinds (`MoE.free`). The key
-    is drawn from the stream ``router`` while training and is fixed otherwise.
+    is drawn from the stream ``router`` while training and is fixed otherwise, the same in all layers.
 
     Attributes:
       free_experts: how many of the last experts are free.
