@@ -18,8 +18,8 @@ from dyncomp.routers.softmax import TopK
 class Random(nn.Module):
     """Uniformly random distinct experts, each weighted 1/count: what a learned router has to beat.
 
-    The key is drawn from the stream ``router`` while training and is fixed otherwise, so evaluation is reproducible: all layers
-    then draw the same pattern for equally many rows.
+    The key is drawn from the stream ``router`` while training and is fixed otherwise, so evaluation is reproducible;
+    all layers then draw the same pattern.
 
     Attributes:
       num_experts: e.
