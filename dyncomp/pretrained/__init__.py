@@ -1,0 +1,1 @@
+"""Weights and tokenizers of published language models."""
