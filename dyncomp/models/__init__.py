@@ -4,7 +4,14 @@ from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.group import Group, GroupStack
-from dyncomp.models.layout import apply, is_stacked, stack, unstack
+from dyncomp.models.layout import (
+    apply,
+    is_stacked,
+    layer_caches,
+    stack,
+    unstack,
+    with_layer_caches,
+)
 from dyncomp.models.norm import Norm
 from dyncomp.models.vit import VisionTransformer
 
@@ -18,6 +25,8 @@ __all__ = [
     "VisionTransformer",
     "apply",
     "is_stacked",
+    "layer_caches",
     "stack",
     "unstack",
+    "with_layer_caches",
 ]

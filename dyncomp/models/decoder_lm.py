@@ -90,8 +90,7 @@ class DecoderLM(nn.Module):
           capture: "plan" for the plans of the parts, "hidden" for every block's output.
         """
         self._check_length(tokens.shape[1])
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtypes.compute)
-        x = constrain(x, ACTIVATION)
+        x = self.embed(tokens)
         needed = tokens.size if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
         seen = count(needed, tokens.size)
         parts = {"embed": Aux(events={"tokens": seen})}
@@ -103,6 +102,37 @@ class DecoderLM(nn.Module):
             below, parts[name] = aux.below, dataclasses.replace(aux, below={})
         parts["head"] = Aux(events={"tokens": seen})
         return self.classify(x), nest(**parts)
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Embedded tokens: what the first block reads."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtypes.compute)
+        return constrain(x, ACTIVATION)
+
+    def run_block(
+        self,
+        index: int,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "#b t"] | None = None,
+        mask: Array | None = None,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "b t d"], Aux]:
+        """Block ``index`` of all groups, alone, with its own cache (`layout.layer_caches`).
+
+        Needs ``layers="unroll"`` and unstacked variables.
+
+        Raises:
+          DyncompError: there is no such block, or the layers are scanned.
+        """
+        for stack in self.group:
+            if index < stack.depth:
+                return stack.run(index, x, positions, mask, cache)
+            index -= stack.depth
+        raise DyncompError(f"block {index} past the last of {self.depth}")
+
+    @property
+    def depth(self) -> int:
+        """Blocks in total."""
+        return sum(group.repeat * len(group.blocks) for group in self.groups)
 
     def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Final norm and output projection, float32 logits."""

@@ -136,12 +136,12 @@ class GroupStack(nn.Module):
         policy = dots if self.remat == "dots" else None
         return nn.remat(body, prevent_cse=prevent_cse, policy=policy)
 
-    def run(self, index: int, x: Array) -> tuple[Array, Aux]:
+    def run(self, index: int, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Aux]:
         """Runs block ``index`` (counted over repetitions) alone; needs separate weights."""
         if self.scanned:
             raise DyncompError("single blocks run on separate weights; set layers='unroll'")
         layer, block = divmod(index, len(self.group.blocks))
-        return self.layers[layer].block[block](x)
+        return self.layers[layer].block[block](x, *args, **kwargs)
 
     def below_like(self, batch: int, length: int) -> dict[str, Any]:
         """What the blocks hand up, as the first one sees it.

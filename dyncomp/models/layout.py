@@ -6,7 +6,7 @@ ones hold ``layers_0``, ``layers_1``, ... Both conversions move bits and do no a
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,32 @@ def stack(tree: Mapping[str, Any]) -> dict[str, Any]:
         layers = [separate[index] for index in range(len(separate))]
         out[STACKED] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     return out
+
+
+def layer_caches(cache: Mapping[str, Any]) -> list[Any]:
+    """The caches of separate layers, one a block, in the order of execution."""
+    return [
+        blocks[f"block_{j}"]
+        for layers in _ordered(cache, "group_")
+        for blocks in _ordered(layers, f"{STACKED}_")
+        for j in range(len(blocks))
+    ]
+
+
+def with_layer_caches(cache: Mapping[str, Any], layers: Sequence[Any]) -> dict[str, Any]:
+    """``cache`` with its blocks' caches replaced, in the order of execution; inverse of `layer_caches`."""
+    rest = iter(layers)
+    return {
+        f"group_{g}": {
+            f"{STACKED}_{i}": {f"block_{j}": next(rest) for j in range(len(blocks))}
+            for i, blocks in enumerate(_ordered(group, f"{STACKED}_"))
+        }
+        for g, group in enumerate(_ordered(cache, "group_"))
+    }
+
+
+def _ordered(tree: Mapping[str, Any], prefix: str) -> list[Any]:
+    return [tree[f"{prefix}{index}"] for index in range(len(tree))]
 
 
 def _split(tree: Any) -> list[Any]:
