@@ -89,6 +89,19 @@ class DecoderLM(nn.Module):
           cache: from `init_cache` or a previous call's ``Aux.cache``; tokens then continue it (prefill or decode).
           capture: "plan" for the plans of the parts, "hidden" for every block's output.
         """
+        x, aux = self.hidden(tokens, mask, positions, cache, train, capture)
+        return self.classify(x), aux
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b t"],
+        mask: Array | None = None,
+        positions: Int[Array, "#b t"] | None = None,
+        cache: Any = None,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "b t d"], Aux]:
+        """What `classify` reads: the last block's output, and all side results; arguments as in a call."""
         self._check_length(tokens.shape[1])
         x = self.embed(tokens)
         needed = tokens.size if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
@@ -101,7 +114,7 @@ class DecoderLM(nn.Module):
             x, aux = stack(x, positions, mask, own, train, capture, below)
             below, parts[name] = aux.below, dataclasses.replace(aux, below={})
         parts["head"] = Aux(events={"tokens": seen})
-        return self.classify(x), nest(**parts)
+        return x, nest(**parts)
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Embedded tokens: what the first block reads."""
@@ -121,8 +134,10 @@ class DecoderLM(nn.Module):
         Needs ``layers="unroll"`` and unstacked variables.
 
         Raises:
-          DyncompError: there is no such block, or the layers are scanned.
+          DyncompError: there is no such block, the layers are scanned, or routers hand something up the depth.
         """
+        if first_below(self._stacks(parent=None), 1, 1):
+            raise DyncompError("routers that hand scores up the depth need the whole stack of blocks")
         for stack in self.group:
             if index < stack.depth:
                 return stack.run(index, x, positions, mask, cache)

@@ -1,0 +1,88 @@
+"""A language model and its weights as pure functions of arrays, the way the decode loop wants them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.typing import Array, Float, Int, Variables
+from dyncomp.models import DecoderLM, is_stacked, unstack
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """``model`` with its blocks separate, applied to given variables; make it inside the function that is compiled.
+
+    Attributes:
+      model: with ``layers="unroll"``.
+      variables: unstacked (`separate`).
+    """
+
+    model: DecoderLM
+    variables: Variables
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        mask: Array | None,
+        cache: Any,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """The last block's output and all side results."""
+        args = tokens, mask, positions, cache, False, capture
+        return self.model.apply(self.variables, *args, method="hidden")  # type: ignore[return-value]
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """What the first block reads."""
+        return self.model.apply(self.variables, tokens, method="embed")  # type: ignore[return-value]
+
+    def block(
+        self, index: int, x: Float[Array, "b t d"], positions: Array, mask: Array | None, cache: Any
+    ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
+        """Block ``index`` alone: its output, its extended cache and its events."""
+        args = index, x, positions, mask, cache
+        y, aux = self.model.apply(self.variables, *args, method="run_block")  # type: ignore[misc]
+        return y, aux.cache, aux.events
+
+    def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Final norm and output projection: float32 logits."""
+        return self.model.apply(self.variables, x, method="classify")  # type: ignore[return-value]
+
+    @property
+    def place(self) -> Callable[[int], tuple[str, str]]:
+        """Of a block's index, the names of its events: group and block of the period."""
+        names = [
+            (f"group_{g}", f"block_{j}")
+            for g, group in enumerate(self.model.groups)
+            for _ in range(group.repeat)
+            for j in range(len(group.blocks))
+        ]
+        return names.__getitem__
+
+
+def separate(model: DecoderLM, variables: Variables) -> tuple[DecoderLM, Variables]:
+    """The model with its layers unrolled, and its variables unstacked and without metadata, once.
+
+    Raises:
+      DyncompError: ``model`` is no `DecoderLM`.
+    """
+    if not isinstance(model, DecoderLM):
+        raise DyncompError(f"decoding needs a models.DecoderLM, not {type(model).__name__}")
+    own = nn.meta.unbox(variables)
+    if is_stacked(own):
+        own = jax.jit(unstack)(own)
+    return model.clone(layers="unroll"), own
+
+
+def gather_events(net: Net, found: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    """Events of single blocks, ``(index, events)``, as the whole model would nest them."""
+    grouped: dict[str, dict[str, list[Any]]] = {}
+    for index, events in found:
+        group, block = net.place(index)
+        grouped.setdefault(group, {}).setdefault(block, []).append(events)
+    join = lambda parts: jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *parts)
+    return {g: {b: join(parts) for b, parts in blocks.items()} for g, blocks in grouped.items()}
