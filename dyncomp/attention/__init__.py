@@ -2,6 +2,6 @@
 
 from dyncomp.attention.attention import Attention, attend
 from dyncomp.attention.cache import FullCache, KVCache
-from dyncomp.attention.rope import rope_angles, rotate
+from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 
-__all__ = ["Attention", "FullCache", "KVCache", "attend", "rope_angles", "rotate"]
+__all__ = ["Attention", "FullCache", "KVCache", "RopeScaling", "attend", "rope_angles", "rotate"]

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dyncomp.attention.cache import FullCache, KVCache
-from dyncomp.attention.rope import rope_angles, rotate
+from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.core.aux import Aux, Count, count
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
+from dyncomp.core.norms import rms_norm
 from dyncomp.core.sharding import constrain, param
 from dyncomp.core.typing import Array, Bool, Factory, Float, Int, check_factory
 
@@ -67,8 +68,14 @@ class Attention(nn.Module):
       kv_heads: key/value heads g, a divisor of h; None means h.
       head_dim: p; None means d / h.
       rope_theta: base of RoPE; None for no position signal.
+      rope_scaling: changed frequencies for long texts.
       causal: a position sees itself and what precedes it.
+      window: a position sees itself and the ``window - 1`` slots before it (Mistral); None for all. The cache still
+        keeps everything.
       bias: biases on all four projections.
+      qkv_bias: biases on queries, keys and values (Qwen2); None follows ``bias``.
+      qk_norm: RMS norm of every query and key head before RoPE (Qwen3).
+      eps: of that norm.
       cache: factory of a cache policy, called with ``max_length``.
     """
 
@@ -76,8 +83,13 @@ class Attention(nn.Module):
     kv_heads: int | None = None
     head_dim: int | None = None
     rope_theta: float | None = 10_000.0
+    rope_scaling: RopeScaling | None = None
     causal: bool = True
+    window: int | None = None
     bias: bool = False
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    eps: float = 1e-6
     cache: Factory = FullCache
     dtypes: DTypes = DTypes()
 
@@ -85,8 +97,12 @@ class Attention(nn.Module):
         """(h, g, p) for a model width.
 
         Raises:
-          DyncompError: the heads do not divide each other or the width.
+          DyncompError: the heads do not divide each other or the width, or a window that makes no sense.
         """
+        if self.window is not None and (self.window < 1 or not self.causal):
+            raise DyncompError(
+                f"Attention.window={self.window}, causal={self.causal}: a window needs causal=True and 1 or more slots"
+            )
         kv_heads = self.kv_heads or self.heads
         if self.heads % kv_heads:
             raise DyncompError(
@@ -124,9 +140,7 @@ class Attention(nn.Module):
         earlier = jnp.zeros((b,), jnp.int32) if cache is None else cache.seen()
         place = (start + jnp.arange(t, dtype=jnp.int32))[None, :]
         q, k, v = (self._project(x, name, n, p) for name, n in (("q", h), ("k", g), ("v", g)))
-        if self.rope_theta is not None:
-            angles = rope_angles(place if positions is None else positions, p, self.rope_theta)
-            q, k = rotate(q, angles), rotate(k, angles)
+        q, k = self._placed(q, k, place if positions is None else positions)
         real = None if mask is None else mask.astype(bool)
         if cache is None:
             key_place = place if real is None else jnp.where(real, place, -1)
@@ -135,7 +149,25 @@ class Attention(nn.Module):
         allowed = self._allowed(place, key_place, everything=cache is None and real is None)
         mixed = attend(q, k.astype(q.dtype), v.astype(q.dtype), allowed)
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
-        return y, Aux(events=self._events(t, k.shape[1], real, earlier), cache=cache)
+        visible = allowed if self.window is not None else None
+        return y, Aux(events=self._events(t, k.shape[1], real, earlier, visible), cache=cache)
+
+    def _placed(self, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
+        """Queries and keys with their norms and their positions."""
+        if self.qk_norm:
+            q, k = (self._head_norm(x, name) for x, name in ((q, "q_norm"), (k, "k_norm")))
+        if self.rope_theta is None:
+            return q, k
+        scaling = self.rope_scaling
+        angles = rope_angles(positions, q.shape[-1], self.rope_theta, scaling)
+        amplitude = 1.0 if scaling is None else scaling.amplitude
+        return rotate(q, angles, amplitude), rotate(k, angles, amplitude)
+
+    def _head_norm(self, x: Array, name: str) -> Array:
+        ones, dtype = nn.initializers.ones_init(), self.dtypes.param
+        return rms_norm(
+            x, param(self, name, ones, x.shape[-1:], ("head_dim",), dtype), eps=self.eps
+        )
 
     def _allowed(self, place: Array, key_place: Array, *, everything: bool) -> Array | None:
         """Which keys each query sees, bool [#b t s]; None for all."""
@@ -144,6 +176,8 @@ class Attention(nn.Module):
         seen = (key_place >= 0)[:, None, :]
         if self.causal:
             seen = seen & (key_place[:, None, :] <= place[:, :, None])
+        if self.window is not None:
+            seen = seen & (key_place[:, None, :] > place[:, :, None] - self.window)
         return jnp.broadcast_to(seen, (key_place.shape[0], place.shape[1], key_place.shape[1]))
 
     def _project(self, x: Array, name: str, heads: int, p: int) -> Array:
@@ -154,7 +188,7 @@ class Attention(nn.Module):
             self, name, init, (x.shape[-1], heads, p), ("embed", axis, "head_dim"), dtype
         )
         y = jnp.einsum("btd,dhp->bthp", x, kernel.astype(x.dtype))
-        if self.bias:
+        if self.bias if self.qkv_bias is None else self.qkv_bias:
             zeros = nn.initializers.zeros_init()
             shift = param(self, f"{name}_bias", zeros, (heads, p), (axis, "head_dim"), dtype)
             y = y + shift.astype(x.dtype)[None, None]
@@ -171,14 +205,22 @@ class Attention(nn.Module):
             y = y + shift.astype(y.dtype)[None, None]
         return y
 
-    def _events(self, t: int, s: int, real: Array | None, earlier: Array) -> dict[str, Count]:
-        """Counts of t new positions that look at s slots, of which ``earlier`` [b] held real tokens before."""
+    def _events(
+        self, t: int, s: int, real: Array | None, earlier: Array, visible: Array | None
+    ) -> dict[str, Count]:
+        """Counts of t new positions that look at s slots, of which ``earlier`` [b] held real tokens before.
+
+        ``visible`` [b t s] is given where a closed form would not do: a window counts slots, padded ones too.
+        """
         b = earlier.shape[0]
         tokens = (
             jnp.full((b,), t, jnp.int32) if real is None else jnp.sum(real, axis=1, dtype=jnp.int32)
         )
         own = tokens * (tokens + 1) // 2 if self.causal else tokens * tokens
         needed = own + tokens * earlier
+        if visible is not None:
+            pairs = visible if real is None else visible & real[:, :, None]
+            needed = jnp.broadcast_to(jnp.sum(pairs, axis=(1, 2), dtype=jnp.int32), (b,))
         return {
             "projections": count(jnp.sum(tokens), b * t),
             **pair_events(needed, t * s),
