@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -37,6 +38,8 @@ class DecoderLM(nn.Module):
       remat: recompute a period's activations in the backward pass: all, or all but matrix products.
       tie_embeddings: use the embedding as output projection.
       norm: kind of the final norm.
+      learned_positions: rows of a table of position embeddings that is added to the tokens' (GPT-2); None for no table.
+        Past its end a position's embedding is NaN.
       max_length: refuse longer inputs; None for no limit.
     """
 
@@ -48,6 +51,7 @@ class DecoderLM(nn.Module):
     tie_embeddings: bool = False
     norm: NormKind = "rms"
     eps: float = 1e-6
+    learned_positions: int | None = None
     max_length: int | None = None
     dtypes: DTypes = DTypes()
 
@@ -59,6 +63,9 @@ class DecoderLM(nn.Module):
     def setup(self):  # noqa: D102
         shape, axes, dtype = (self.vocab_size, self.d_model), ("vocab", "embed"), self.dtypes.param
         self.embedding = param(self, "embed", nn.initializers.normal(0.02), shape, axes, dtype)
+        if self.learned_positions is not None:
+            rows, small = (self.learned_positions, self.d_model), nn.initializers.normal(0.02)
+            self.places = param(self, "positions", small, rows, (None, "embed"), dtype)
         self.group = self._stacks()
         self.final_norm = Norm(self.norm, self.eps, self.dtypes)
         if not self.tie_embeddings:
@@ -85,7 +92,7 @@ class DecoderLM(nn.Module):
         Args:
           tokens: int32; values in [0, v).
           mask: [b t], 1 for real tokens.
-          positions: for RoPE; default the place in the sequence.
+          positions: for RoPE or the table of positions; default the place in the sequence.
           cache: from `init_cache` or a previous call's ``Aux.cache``; tokens then continue it (prefill or decode).
           capture: "plan" for the plans of the parts, "hidden" for every block's output.
         """
@@ -103,7 +110,7 @@ class DecoderLM(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """What `classify` reads: the last block's output, and all side results; arguments as in a call."""
         self._check_length(tokens.shape[1])
-        x = self.embed(tokens)
+        x = self.embed(tokens, self._places(tokens, positions, cache))
         needed = tokens.size if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
         seen = count(needed, tokens.size)
         parts = {"embed": Aux(events={"tokens": seen})}
@@ -116,10 +123,28 @@ class DecoderLM(nn.Module):
         parts["head"] = Aux(events={"tokens": seen})
         return x, nest(**parts)
 
-    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Embedded tokens: what the first block reads."""
+    def embed(
+        self, tokens: Int[Array, "b t"], positions: Int[Array, "#b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Embedded tokens: what the first block reads. ``positions`` matter with ``learned_positions`` only.
+
+        Raises:
+          DyncompError: the model has learned positions and none are given.
+        """
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtypes.compute)
+        if self.learned_positions is not None:
+            if positions is None:
+                raise DyncompError("a model with learned positions embeds tokens at positions=...")
+            x = x + jnp.take(self.places, positions, axis=0).astype(x.dtype)
         return constrain(x, ACTIVATION)
+
+    def _places(self, tokens: Array, positions: Array | None, cache: Any) -> Array | None:
+        """Positions for `embed`: given, or the place in the sequence, which continues the cache."""
+        if self.learned_positions is None or positions is not None:
+            return positions
+        filled = [] if cache is None else jax.tree.leaves(cache, is_leaf=_has_length)
+        start = jnp.ravel(filled[0].length)[0] if filled else jnp.int32(0)
+        return (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]
 
     def run_block(
         self,
@@ -137,7 +162,9 @@ class DecoderLM(nn.Module):
           DyncompError: there is no such block, the layers are scanned, or routers hand something up the depth.
         """
         if first_below(self._stacks(parent=None), 1, 1):
-            raise DyncompError("routers that hand scores up the depth need the whole stack of blocks")
+            raise DyncompError(
+                "routers that hand scores up the depth need the whole stack of blocks"
+            )
         for stack in self.group:
             if index < stack.depth:
                 return stack.run(index, x, positions, mask, cache)
@@ -164,10 +191,12 @@ class DecoderLM(nn.Module):
         return {**found, "tokens": tokens} if "tokens" in found else found
 
     def _check_length(self, length: int) -> None:
-        if self.max_length is not None and length > self.max_length:
-            raise DyncompError(
-                f"{length} tokens but DecoderLM.max_length={self.max_length}; cut the input or raise it"
-            )
+        for name in ("max_length", "learned_positions"):
+            limit = getattr(self, name)
+            if limit is not None and length > limit:
+                raise DyncompError(
+                    f"{length} tokens but DecoderLM.{name}={limit}; cut the input or raise it"
+                )
 
     def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
         """An empty cache for ``batch`` sequences of up to ``max_length`` tokens, in the layout of ``layers``."""
@@ -184,4 +213,10 @@ class DecoderLM(nn.Module):
             for index, stack in enumerate(self._stacks(parent=None))
         }
         head = Cost(2 * d * self.vocab_size, d * item + self.vocab_size * 4)
-        return {"embed": {"tokens": Cost(0, 2 * d * item)}, **groups, "head": {"tokens": head}}
+        moved = 2 + (self.learned_positions is not None)
+        return {"embed": {"tokens": Cost(0, moved * d * item)}, **groups, "head": {"tokens": head}}
+
+
+def _has_length(node: Any) -> bool:
+    """Whether a node of a model's cache is one layer's, which knows how far it is filled."""
+    return hasattr(node, "length")

@@ -153,6 +153,7 @@ class Spec:
             tie_embeddings=self.tie_embeddings,
             norm=self.norm,
             eps=self.eps,
+            learned_positions=self.learned_positions,
             max_length=self.max_length,
             dtypes=DTypes(param=dtype, compute=dtype),
         )
@@ -175,7 +176,7 @@ class Spec:
         except (AttributeError, TypeError) as error:
             raise DyncompError(f"cannot export this model: a block is special ({error})") from error
         names = [f.name for f in dataclasses.fields(cls) if f.name != "layers"]
-        spec = cls(layers=tuple(layers), **{name: getattr(model, name, None) for name in names})
+        spec = cls(layers=tuple(layers), **{name: getattr(model, name) for name in names})
         for layer, block in zip(layers, blocks, strict=True):
             _same(spec.block(layer)(parent=None), block, "block")
         return spec
