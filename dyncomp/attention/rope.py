@@ -93,7 +93,7 @@ class RopeScaling:
         low, high = place(self.beta_fast), place(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
+        low, high = max(float(low), 0.0), min(float(high), head_dim - 1.0)
         return low, high if high != low else high + 0.001
 
 

@@ -64,8 +64,10 @@ def config_of(
         config["intermediate_size"] = own.count("feed_forward_length")
     if own.get("expert_count", int, 0):
         config |= _experts(own, arch)
-    if own.count("attention.sliding_window", None):
-        config |= {"sliding_window": own.count("attention.sliding_window"), "model_type": "mistral"}
+    window = own.count("attention.sliding_window", None)
+    if window and arch == "llama":
+        kind = "mixtral" if "num_local_experts" in config else "mistral"
+        config |= {"model_type": kind, "sliding_window": window}
     return config
 
 

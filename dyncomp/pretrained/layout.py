@@ -33,6 +33,11 @@ class Entry:
         """Axes of our stacked parameter that run over tensors: layers, then experts."""
         return ("{i}" in self.theirs) + ("{e}" in self.theirs)
 
+    @property
+    def rank(self) -> int:
+        """Axes of our stacked parameter; tells a bank of experts from a dense unit of the same name."""
+        return self.lead + len(_parse(self.pattern)[1])
+
     def name(self, layer: int, place: tuple[int, ...]) -> str:
         """The tensor's name for a place on the lead axes."""
         return self.theirs.format(i=layer, e=place[-1] if place else 0)

@@ -67,7 +67,7 @@ def leaves(model: DecoderLM, architecture: Architecture) -> list[Leaf]:
     Raises:
       DyncompError: a parameter that the architecture has no tensor for.
     """
-    table = {entry.ours: entry for entry in architecture.entries}
+    table = {(entry.ours, entry.rank): entry for entry in architecture.entries}
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)
     found = []
@@ -75,9 +75,9 @@ def leaves(model: DecoderLM, architecture: Architecture) -> list[Leaf]:
         path = tuple(key.key for key in keys)
         leaf = box.unbox(False) if is_box(box) else box
         inside = STACKED in path
-        own = "/".join(path[3:] if inside else path)
+        own = ("/".join(path[3:] if inside else path), len(leaf.shape))
         if own not in table:
-            raise DyncompError(f"{architecture.model_type}: no tensor for parameter {own}")
+            raise DyncompError(f"{architecture.model_type}: no tensor for parameter {own[0]}")
         names = tuple(box.names) if is_box(box) else (None,) * len(leaf.shape)
         layers = _layers(model, path) if inside else ()
         found.append(Leaf(path, leaf.shape, np.dtype(leaf.dtype), names, table[own], layers))
@@ -102,6 +102,11 @@ def check(
     """
     names: dict[str, str] = {}
     for leaf in found:
+        if math.prod(leaf.shape[: leaf.entry.lead]) > len(weights.tensors):
+            raise DyncompError(
+                f"{weights.folder.name}: {len(weights.tensors)} tensors, but config.json asks for more layers or"
+                " experts; they are of different models"
+            )
         for place in leaf.places:
             name = leaf.tensor(place)
             short = name.removeprefix(architecture.optional_prefix)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 from dyncomp.attention import Attention, RopeScaling
 from dyncomp.core.dtypes import DTypes, FloatName
@@ -43,7 +43,7 @@ class Layer:
     out_bias: bool = False
     qk_norm: bool = False
     hidden: int
-    activation: str = "swiglu"
+    activation: Literal["swiglu", "gelu", "relu", "silu"] = "swiglu"
     experts: int = 0
     k: int = 0
     renormalize: bool = True
@@ -176,7 +176,8 @@ class Spec:
         except (AttributeError, TypeError) as error:
             raise DyncompError(f"cannot export this model: a block is special ({error})") from error
         names = [f.name for f in dataclasses.fields(cls) if f.name != "layers"]
-        spec = cls(layers=tuple(layers), **{name: getattr(model, name) for name in names})
+        numbers: dict[str, Any] = {name: getattr(model, name) for name in names}
+        spec = cls(**numbers | {"layers": tuple(layers)})
         for layer, block in zip(layers, blocks, strict=True):
             _same(spec.block(layer)(parent=None), block, "block")
         return spec

@@ -104,7 +104,7 @@ def _compile(template: str) -> Any:
         raise DyncompError(f"the model's chat template refuses these messages: {message}")
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
+    environment.globals.update(raise_exception=refuse)  # type: ignore[call-overload]
     environment.filters["tojson"] = lambda value, **options: json.dumps(
         value, ensure_ascii=False, **options
     )

@@ -10,7 +10,7 @@ import mmap
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -89,7 +89,8 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
         isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 60 for v in values)
     )
     entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    keys = ("dtype", "shape", "data_offsets")
+    dtype, shape, offsets = cast(tuple[Any, Any, Any], tuple(entry.get(key) for key in keys))
     if not (isinstance(dtype, str) and dtype in _SIZES and whole(shape) and whole(offsets)):
         raise _bad(path, f"its entry {name[:80]!r} is malformed")
     if len(offsets) != 2 or len(shape) > 8:
