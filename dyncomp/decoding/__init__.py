@@ -1,1 +1,102 @@
 """The decode loop and what plugs into it."""
+
+from dyncomp.decoding.entropy import entropy_bits
+from dyncomp.decoding.fusion import (
+    FusionPlan,
+    alpha_grid,
+    choose_fusion,
+    displacement,
+    fuse,
+    fused_logits,
+    kl_divergence,
+    logit_shifts,
+    mismatch,
+)
+from dyncomp.decoding.generated import Generated, Tick
+from dyncomp.decoding.generator import Generator
+from dyncomp.decoding.policies import FullDepth, KeepLayers, Policy, Step
+from dyncomp.decoding.sampling import Sampler, row_keys
+from dyncomp.decoding.speculation import (
+    Acceptance,
+    accept_greedy,
+    accept_sampled,
+    next_window,
+    residual,
+)
+from dyncomp.decoding.switching import (
+    LARGE,
+    SMALL,
+    EntropySwitch,
+    PeriodicSwitch,
+    RandomSwitch,
+    SwitchState,
+)
+from dyncomp.decoding.trace import (
+    parameter_share,
+    run_lengths,
+    shuffled_runs,
+    switches,
+    tokens_read,
+)
+from dyncomp.decoding.tree import CandidateTree, candidate_tree, random_tree, spread_prompts
+from dyncomp.decoding.tree_accept import (
+    TreeAcceptance,
+    greedy_matches,
+    longest_path,
+    typical_matches,
+)
+from dyncomp.decoding.tree_states import TreeFamily, best_budget, best_family, tree_family
+from dyncomp.decoding.tree_tables import TreeTables, stack_tables, tree_tables
+
+__all__ = [
+    "LARGE",
+    "SMALL",
+    "Acceptance",
+    "CandidateTree",
+    "EntropySwitch",
+    "FullDepth",
+    "FusionPlan",
+    "Generated",
+    "Generator",
+    "KeepLayers",
+    "PeriodicSwitch",
+    "Policy",
+    "RandomSwitch",
+    "Sampler",
+    "Step",
+    "SwitchState",
+    "Tick",
+    "TreeAcceptance",
+    "TreeFamily",
+    "TreeTables",
+    "accept_greedy",
+    "accept_sampled",
+    "alpha_grid",
+    "best_budget",
+    "best_family",
+    "candidate_tree",
+    "choose_fusion",
+    "displacement",
+    "entropy_bits",
+    "fuse",
+    "fused_logits",
+    "greedy_matches",
+    "kl_divergence",
+    "logit_shifts",
+    "longest_path",
+    "mismatch",
+    "next_window",
+    "parameter_share",
+    "random_tree",
+    "residual",
+    "row_keys",
+    "run_lengths",
+    "shuffled_runs",
+    "spread_prompts",
+    "stack_tables",
+    "switches",
+    "tokens_read",
+    "tree_family",
+    "tree_tables",
+    "typical_matches",
+]
