@@ -1,7 +1,24 @@
 """Mixers, rotary positions and key/value cache policies."""
 
 from dyncomp.attention.attention import Attention, attend
-from dyncomp.attention.cache import FullCache, KVCache
+from dyncomp.attention.cache import (
+    FullCache,
+    KVCache,
+    push_newest,
+    replace_newest,
+    truncate,
+)
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 
-__all__ = ["Attention", "FullCache", "KVCache", "RopeScaling", "attend", "rope_angles", "rotate"]
+__all__ = [
+    "Attention",
+    "FullCache",
+    "KVCache",
+    "RopeScaling",
+    "attend",
+    "push_newest",
+    "replace_newest",
+    "rope_angles",
+    "rotate",
+    "truncate",
+]

@@ -93,3 +93,35 @@ class FullCache:
         positions = lax.dynamic_update_slice(cache.positions, place, start[:2])
         state = KVCache(keys, values, positions, cache.length + new, self)
         return state, keys, values, positions
+
+
+def push_newest(cache: KVCache, source: KVCache) -> KVCache:
+    """``cache`` with one more slot, a copy of the newest of ``source``."""
+    keys, values, positions = (
+        _slot(x, source.length - 1) for x in (source.keys, source.values, source.positions)
+    )
+    state, *_ = cache.policy.extend(cache, keys, values, positions >= 0)
+    return state
+
+
+def replace_newest(cache: KVCache, source: KVCache, rows: Bool[Array, "b"]) -> KVCache:
+    """``cache`` with the newest keys and values of ``rows`` taken from the newest slot of ``source``."""
+
+    def merged(own: Array, other: Array) -> Array:
+        new, old = _slot(other, source.length - 1), _slot(own, cache.length - 1)
+        chosen = jnp.where(rows[:, None, None, None], new, old)
+        return lax.dynamic_update_slice_in_dim(own, chosen, cache.length - 1, axis=1)
+
+    keys, values = merged(cache.keys, source.keys), merged(cache.values, source.values)
+    return KVCache(keys, values, cache.positions, cache.length, cache.policy)
+
+
+def truncate(cache: KVCache, length: Int[Array, ""]) -> KVCache:
+    """``cache`` without the slots from ``length`` on: they count as empty and are written again."""
+    place = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(place < length, cache.positions, -1)
+    return KVCache(cache.keys, cache.values, positions, length, cache.policy)
+
+
+def _slot(x: Array, at: Int[Array, ""]) -> Array:
+    return lax.dynamic_slice_in_dim(x, at, 1, axis=1)

@@ -61,8 +61,9 @@ def collect(
     for tick in ticks:
         asked = listener(tick) if listener else None
         asked = np.zeros(rows, bool) if asked is None else np.asarray(asked)
-        for row in np.flatnonzero(~closed):
-            _add(found[row], tick, row, asked[row])
+        for row, one in enumerate(found):
+            if not closed[row]:
+                _add(one, tick, row, bool(asked[row]))
         closed |= tick.ended | asked
         if closed.all():
             break

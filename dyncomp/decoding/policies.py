@@ -5,7 +5,7 @@ are ``controls``, run-time arguments, so that changing them compiles nothing.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -36,6 +36,7 @@ class Step(NamedTuple):
     stop: Array | None = None
 
 
+@runtime_checkable
 class Policy(Protocol):
     """How a decode step runs the network."""
 

@@ -1,0 +1,195 @@
+"""Decode steps that end early, and what that leaves in the caches of the blocks above.
+
+A token that leaves after block n gives later tokens no keys and values in blocks n+1, ... unless somebody makes them:
+
+* ``propagate``: each block above makes them from the hidden state with which the token left, by its own norm and
+  projections, and nothing else of the block runs (arXiv 2401.09964; the state propagation of early-exit decoders).
+* ``copy``: each block above takes the keys and values of the last block that ran.
+* ``recompute`` (`pending.Recompute`): none until a later token needs the block; then the block runs for all tokens
+  that are missing, at once, so that its cache is what full depth would have left.
+
+Rows of a batch leave one by one, as each would alone, but a block is only skipped once all rows have left.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dyncomp.attention import push_newest, replace_newest
+from dyncomp.core.aux import Count, count
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.core.typing import Array, Bool
+from dyncomp.decoding.net import Net, gather_events
+from dyncomp.decoding.policies import Plain, Step
+from dyncomp.decoding.rules import Confident, LeaveRule, Readout, SharedHead
+from dyncomp.models import layer_caches, with_layer_caches
+
+Fill = Literal["propagate", "copy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitEarly(Plain):
+    """Leaves after one of some blocks; the prompt runs all.
+
+    Controls: those of ``rule``. The first token comes from full depth.
+
+    Attributes:
+      exits: how many blocks have run at each exit; increasing, below the model's depth.
+      readout: what an exit says.
+      rule: who leaves.
+      fill: what is left in the caches above.
+    """
+
+    exits: tuple[int, ...]
+    readout: Readout = SharedHead()
+    rule: LeaveRule = Confident()
+    fill: Fill = "propagate"
+
+    def check(self, model: Any) -> None:
+        """Refuses exits that the model does not have."""
+        check_exits(self.exits, model.depth)
+        if self.fill not in ("propagate", "copy"):
+            raise DyncompError(f"ExitEarly.fill={self.fill!r}: use 'propagate' or 'copy'")
+
+    def controls(self) -> Any:
+        """Nobody leaves."""
+        return self.rule.controls(len(self.exits))
+
+    def cost(self, model: Any) -> dict[str, Any]:
+        """Prices of an exit's head, and of the keys and values that a block makes without running."""
+        return {"exits": {"rows": self.readout.cost(model)}, "fill": {"rows": fill_cost(model)}}
+
+    def step(self, net, token, positions, mask, cache, state, controls) -> Step:
+        """Segment by segment, until all rows have left."""
+        walk = _Walk(self, net, positions, mask, jax.tree.map(jnp.asarray, controls))
+        return walk(token, cache, state)
+
+
+def check_exits(exits: tuple[int, ...], depth: int) -> None:
+    """Refuses exits that are not increasing numbers of blocks below ``depth``."""
+    if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] >= depth:
+        raise DyncompError(
+            f"exits={exits}: give increasing numbers of blocks, from 1 to {depth - 1}"
+        )
+
+
+def fill_cost(model: Any) -> Cost:
+    """Keys and values of one row in one block."""
+    mixer = model.groups[0].blocks[0](parent=None, dtypes=model.dtypes).mixer(parent=None)
+    _, kv_heads, head_dim = mixer.sizes(model.d_model)
+    return Cost(4 * model.d_model * kv_heads * head_dim)
+
+
+@dataclasses.dataclass
+class _Walk:
+    """One step; who has left is in ``left`` [b]."""
+
+    policy: ExitEarly
+    net: Net
+    positions: Array
+    mask: Array
+    controls: Any
+
+    def __call__(self, token: Array, cache: Any, state: Any) -> Step:
+        net, policy = self.net, self.policy
+        b, depth = token.shape[0], net.model.depth
+        caches, x = layer_caches(cache), net.embed(token)
+        left, stop = ~self.mask[:, 0], jnp.zeros((b,), bool)
+        logits = jnp.zeros((b, net.model.vocab_size), jnp.float32)
+        ran = jnp.full((b,), depth, jnp.int32)
+        found, exits, fills = [], [], []
+        edges = (0, *policy.exits, depth)
+        for segment, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+            span = range(first, last)
+            below = caches[first - 1] if segment else None
+            x, own, events, filled = self._segment(span, x, [caches[i] for i in span], left, below)
+            caches[first:last] = own
+            found += zip(span, events, strict=True)
+            fills.append(filled)
+            said = self._read(segment, x, left)
+            exits.append(count(jnp.sum(~left), jnp.where(jnp.all(left), 0, b)))
+            logits = jnp.where(left[:, None], logits, said)
+            if segment < len(policy.exits):
+                own_controls = jax.tree.map(lambda c, s=segment: c[s], self.controls)
+                leave, ends = policy.rule.leave(net, said, x, own_controls)
+                ran = jnp.where(~left & (leave | ends), last, ran)
+                stop, left = stop | (ends & ~left), left | leave | ends
+        seen = count(jnp.sum(self.mask, dtype=jnp.int32), b)
+        events = {
+            "embed": {"tokens": seen},
+            **gather_events(net, found),
+            "exits": {"rows": _total(exits[:-1])},
+            "fill": {"rows": _total(fills)},
+            "head": {"tokens": exits[-1]},
+        }
+        return Step(logits, with_layer_caches(cache, caches), state, events, ran, stop)
+
+    def _read(self, segment: int, x: Array, left: Bool[Array, "b"]) -> Array:
+        """Logits after a segment; zeros, for nothing, when nobody is left to read them."""
+        net, last = self.net, segment == len(self.policy.exits)
+
+        def say(x: Array) -> Array:
+            return net.classify(x)[:, -1] if last else self.policy.readout.logits(net, segment, x)
+
+        if segment == 0:
+            return say(x)
+        shape = (x.shape[0], net.model.vocab_size)
+        return lax.cond(jnp.all(left), lambda x: jnp.zeros(shape, jnp.float32), say, x)
+
+    def _segment(self, span: range, x: Array, caches: list[Any], left: Array, below: Any) -> Any:
+        """Runs the blocks of ``span`` unless all have left; rows that have left keep their state.
+
+        Returns:
+          x, the blocks' caches, their events, and the rows whose keys and values were made without running.
+        """
+        if below is None:
+            y, caches, events = self._run(span, x, caches, left)
+            return y, caches, events, count(0)
+        parts = x, caches, below
+        run = lambda x, caches, below: self._filled(
+            span, *self._run(span, x, caches, left), below, left
+        )  # noqa: E501
+        shapes = jax.eval_shape(run, *parts)[2]
+        skip = lambda x, caches, below: self._skip(span, x, caches, below, shapes)
+        y, caches, events = lax.cond(jnp.all(left), skip, run, *parts)
+        made = 0 if self.policy.fill == "copy" else len(span)
+        rows = jnp.sum(left & self.mask[:, 0], dtype=jnp.int32) * made
+        return y, caches, events, count(rows, jnp.where(jnp.all(left), made * x.shape[0], 0))
+
+    def _run(self, span: range, x: Array, caches: list[Any], left: Array) -> Any:
+        """Every block on every row; the events need only rows that have not left."""
+        own, events = [], []
+        still = self.mask & ~left[:, None]
+        for index, cache in zip(span, caches, strict=True):
+            y, after, _ = self.net.block(index, x, self.positions, self.mask, cache)
+            events.append(self.net.block(index, x, self.positions, still, cache)[2])
+            x = jnp.where(left[:, None, None], x, y)
+            own.append(after)
+        return x, own, events
+
+    def _filled(
+        self, span: range, x: Array, caches: Any, events: Any, below: Any, left: Array
+    ) -> Any:
+        """After a run: rows that had left before get copied keys and values where that is the policy."""
+        if self.policy.fill == "copy":
+            caches = [replace_newest(cache, below, left) for cache in caches]
+        return x, caches, events
+
+    def _skip(self, span: range, x: Array, caches: list[Any], below: Any, shapes: Any) -> Any:
+        """Nothing runs but what fills the caches."""
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        if self.policy.fill == "copy":
+            return x, [push_newest(cache, below) for cache in caches], nothing
+        filled = [
+            self.net.block(index, x, self.positions, self.mask, cache)[1]
+            for index, cache in zip(span, caches, strict=True)
+        ]  # the compiler drops what only the output needs
+        return x, filled, nothing
+
+
+def _total(counts: list[Count]) -> Count:
+    return Count(sum(c.needed for c in counts), sum(c.executed for c in counts))
