@@ -252,6 +252,39 @@ def test_best_sizes_by_brute_force():
         assert isinstance(ours, TreeFamily) and len(ours.trees[0].paths) == 4
 
 
+# Accuracies of Vicuna-7B's guesses, recovered from the trees shipped with the released code (arXiv 2405.18628); where
+# no shipped tree holds a guess, 0.
+VICUNA = np.zeros((3, 10))
+VICUNA[0] = [0.48335, 0.14342, 0.0736, 0.0454, 0.03087, 0.02155, 0.01658, 0.01323, 0.00932, 0.00845]
+VICUNA[1] = [0.26256, 0.14561, 0.08114, 0.0576, 0.04283, 0.0323, 0.0257, 0.02152, 0.01903, 0.0155]
+VICUNA[2, :4] = [0.16413, 0.11756, 0.08092, 0.05784]
+
+
+@pytest.mark.parametrize(
+    ("budget", "sizes", "odd"),
+    [
+        (50, (10, 17, 17), {(0, 5): 1}),
+        (60, (10, 20, 20), {}),
+        (80, (10, 27, 27), {(8,): 1}),
+        (105, (10, 33, 34), {(0,): 3, (1,): 3, (0, 0): 3}),
+    ],
+)
+def test_shipped_trees_are_found_again(budget, sizes, odd):
+    """The released criterion gives the shipped sizes, and the prompts of the deepest tree: 2, but for the odd ones."""
+    family = best_family(VICUNA, budget, released=True)
+    assert tuple(len(tree.paths) for tree in family.trees) == sizes
+    counts = dict(zip(family.trees[2].paths, family.prompts[2].tolist(), strict=True))
+    assert {path: count for path, count in counts.items() if count != 2} == odd
+
+
+def test_the_empty_state_costs_the_released_sizes():
+    """At a budget of 80 the shipped sizes (10, 27, 27) accept less than those that the true chain prefers."""
+    shipped, ours = best_family(VICUNA, 80, released=True), best_family(VICUNA, 80)
+    assert [len(tree.paths) for tree in shipped.trees] == [10, 27, 27]
+    assert ours.accepted() > shipped.accepted() + 1e-3
+    assert ours.accepted_as_released()[0] < shipped.accepted_as_released()[0]
+
+
 def test_the_optimised_tree_beats_random_trees():
     family = tree_family(ACC, (8, 12, 14), 36)
     rng = np.random.default_rng(0)
