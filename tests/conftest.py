@@ -38,3 +38,38 @@ def counting_jit():
         return jax.jit(counted, **options), traces
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint():
+    """``make(folder, config)``: a folder as transformers saves it; every weight follows from its tensor's name."""
+    import json
+    import zlib
+
+    import numpy as np
+
+    from dyncomp.pretrained import architectures, fields, params, weights
+
+    def make(folder, config, scale=0.15, dtype="float32"):
+        said = fields.Fields(config)
+        known = architectures.find(said)
+        model = known.read(said).model()
+        shapes = {
+            leaf.tensor(place): leaf.entry.shape(leaf.inner)
+            for leaf in params.leaves(model, known)
+            for place in leaf.places
+        }
+
+        def draw(name):
+            rng = np.random.default_rng(zlib.crc32(name.encode()))
+            noise = rng.standard_normal(shapes[name], np.float32)
+            centre = 1.0 if "norm" in name or ".ln_" in name and name.endswith("weight") else 0.0
+            return (centre + scale * noise).astype(weights.numpy_dtype(dtype))
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        planned = {name: (dtype, shape) for name, shape in shapes.items()}
+        weights.write(folder / "model.safetensors", planned, map(draw, shapes))
+        return folder
+
+    return make

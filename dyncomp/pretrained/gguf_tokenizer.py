@@ -50,7 +50,14 @@ def write_tokenizer(file: str, metadata: dict[str, Any], folder: Path, beside: P
 
         backend = Backend.from_file(str(beside))
     else:
-        backend = _build(said, tokens, special)
+        try:
+            backend = _build(said, tokens, special)
+        except DyncompError:
+            raise
+        except Exception as error:  # the library raises plain Exception for merges it can't use
+            raise DyncompError(
+                f"{file}: its tokenizer is damaged ({error}); fetch it again"
+            ) from error
     template = said.get("tokenizer.chat_template", str, None)
     Tokenizer(backend, special, template).save(folder)
     if beside is not None:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.sharding import to_spec
+from dyncomp.core.sharding import current_mesh, to_spec
 from dyncomp.models import DecoderLM
 from dyncomp.models.layout import STACKED
 from dyncomp.pretrained.architectures import Architecture
@@ -68,7 +68,9 @@ def leaves(model: DecoderLM, architecture: Architecture) -> list[Leaf]:
       DyncompError: a parameter that the architecture has no tensor for.
     """
     table = {(entry.ours, entry.rank): entry for entry in architecture.entries}
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    mesh = current_mesh()
+    tokens = jnp.zeros((mesh.size if mesh else 1, 1), jnp.int32)  # rows that any mesh can split
+    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)
     found = []
     for keys, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box):
