@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Tokenizer:
         begins = bool(self.special.get("bos")) and text.startswith(self.special["bos"])
         return self.backend.encode(text, add_special_tokens=not begins).ids
 
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+    def decode(self, ids: Iterable[Any], *, special: bool = False) -> str:
         """Text of ids; special tokens are left out unless asked for."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 

@@ -1,6 +1,8 @@
 """pretrained.load and export against transformers: tiny random models of every architecture."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 
 from dyncomp import models, pretrained
+from dyncomp.attention import rope_angles
+from dyncomp.pretrained.fields import Fields, read_rope
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -144,3 +148,94 @@ def reloaded(folder, like):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     return model.eval()
+
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "pretrained" / "golden.json").read_text())
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"])
+def test_golden_numbers_are_transformers(random_checkpoint, tmp_path, case):
+    """What tests/pretrained compares with, computed again; these configs are of transformers 4's style."""
+    known = GOLDEN["cases"][case]
+    folder = random_checkpoint(tmp_path, known["config"], known["scale"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor(GOLDEN["tokens"])).logits.numpy()
+    np.testing.assert_allclose(logits[1, (0, 11, 23), :4], known["logits"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits.std(), known["std"], rtol=1e-4)
+
+
+PUBLISHED = {
+    "llama-3.1": (5e5, 128, {**LLAMA3, "original_max_position_embeddings": 8192}),
+    "llama-3.2": (5e5, 64, {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}),
+    "qwen2.5-yarn": (1e6, 128, {**YARN, "original_max_position_embeddings": 32768}),
+    "linear": (1e4, 128, {"rope_type": "linear", "factor": 4.0}),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_published_rope_scaling(peer, case):
+    """The frequencies and the attention factor themselves, at the sizes of published models."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta, width, scaling = PUBLISHED[case]
+    said = {"rope_theta": theta, **scaling}
+    config = transformers.LlamaConfig(
+        **{**SMALL, "head_dim": width, "max_position_embeddings": 131072}, rope_parameters=said
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu")
+    values = {"rope_parameters": said, "max_position_embeddings": 131072}
+    found_theta, found = read_rope(Fields(values))
+    angles = rope_angles(jnp.ones((1,), jnp.int32), width, found_theta, found)[0]
+    np.testing.assert_allclose(angles, frequencies.numpy(), rtol=2e-5)
+    assert found.amplitude == pytest.approx(factor)
+
+
+def test_cached_decode_with_a_window(peer, tmp_path):
+    """A prompt longer than the window, then token by token, against their cache."""
+    theirs = make_theirs(peer, "mistral-window")
+    theirs.save_pretrained(tmp_path)
+    loaded = pretrained.load(tmp_path)
+    apply = jax.jit(functools.partial(models.apply, loaded.model))
+    cache, past, start = loaded.model.init_cache(2, 20), None, 0
+    for stop in (14, 15, 16, 17, 18):
+        part = TOKENS[:, start:stop]
+        logits, aux = apply(loaded.variables, jnp.asarray(part, jnp.int32), cache=cache)
+        out = theirs(torch.from_numpy(part), past_key_values=past, use_cache=True)
+        np.testing.assert_allclose(logits, out.logits.detach().numpy(), rtol=1e-4, atol=1e-4)
+        cache, past, start = aux.cache, out.past_key_values, stop
+
+
+def test_their_sharded_files(peer, tmp_path):
+    theirs = make_theirs(peer, "llama")
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    one, many = (pretrained.load(tmp_path / n).variables["params"] for n in ("one", "many"))
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+
+
+def test_older_gpt2_names(peer, tmp_path):
+    """The published GPT-2 leaves out the prefix of its tensors and keeps its causal masks as buffers."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = make_theirs(peer, "gpt2")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    plain = pretrained.load(tmp_path).variables["params"]
+    old = {n.removeprefix("transformer."): t for n, t in load_file(path).items()}
+    save_file(old | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, path)
+    jax.tree.map(
+        np.testing.assert_array_equal, pretrained.load(tmp_path).variables["params"], plain
+    )
+
+
+def test_bfloat16_files(peer, tmp_path):
+    """Stored in bfloat16 by transformers, read in float32 by both."""
+    theirs = make_theirs(peer, "llama").to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    loaded = pretrained.load(tmp_path, layers="scan")
+    wide = type(theirs).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    np.testing.assert_allclose(our_logits(loaded), their_logits(wide), rtol=1e-4, atol=1e-4)
