@@ -152,7 +152,7 @@ def test_import_dyncomp_is_light():
 def test_library_imports_no_peer_and_no_config_language():
     code = f"""
 import sys
-from dyncomp import attention, exits, experts, models, routers
+from dyncomp import attention, exits, experts, models, pretrained, routers
 print([m for m in {LIGHT!r} if m in sys.modules])
 """
     assert run_python(code) == "[]"

@@ -183,8 +183,18 @@ class Spec:
         return spec
 
 
-FREE = ("parent", "name", "dtypes", "cache", "dispatch", "exchange")
-"""Fields that change no number of the dense result."""
+FREE = {
+    "parent",
+    "name",
+    "dtypes",
+    "cache",
+    "dispatch",
+    "exchange",
+    "head_dim",
+    "kv_heads",
+    "qkv_bias",
+}
+"""Fields that change no number of the dense result, or that `Layer.of` has resolved."""
 
 
 def _same(plain: Any, found: Any, where: str) -> None:
@@ -202,6 +212,7 @@ def _same(plain: Any, found: Any, where: str) -> None:
         if plain != found:
             raise DyncompError(f"cannot export this model: {where}={found!r}, expected {plain!r}")
         return
+    unused = {"eps"} if isinstance(plain, Attention) and not plain.qk_norm else set()
     for field in dataclasses.fields(plain):
-        if field.name not in FREE:
+        if field.name not in FREE | unused:
             _same(getattr(plain, field.name), getattr(found, field.name), f"{where}.{field.name}")

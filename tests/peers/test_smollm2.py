@@ -5,6 +5,8 @@ with the rows of q and k in the wrong order the model still names Paris, and onl
 """
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +119,13 @@ def test_likelihood_of_code(loaded, apply, theirs):
     assert (logits.argmax(-1) == expected.argmax(-1)).all()
     assert nats(expected, ids) == pytest.approx(NATS, rel=1e-4)
     assert nats(logits, ids) == pytest.approx(NATS, rel=1e-4)
+
+
+def test_the_documents_example(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.S | re.M)
+    exec(code, {})
+    assert capsys.readouterr().out == " Paris\n"
 
 
 def test_rows_in_the_wrong_order_would_show(loaded, apply):
