@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dyncomp.core.errors import DyncompError
+from dyncomp.core.heap import keep_freed_memory
 from dyncomp.evidence.seed import PINNED
 
 MARK = "dyncomp-result "
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
     """Runs one call and prints its result."""
     if "--pinned" in argv and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    keep_freed_memory()
     module, name = argv[0].split(":")
     result = getattr(importlib.import_module(module), name)(**json.loads(argv[1]))
     print(MARK + json.dumps(result), flush=True)

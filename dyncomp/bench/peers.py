@@ -1,9 +1,11 @@
-"""The mixture of experts against PyTorch on one thread: its index-add loop, and its grouped product.
+"""The mixture of experts against PyTorch on one thread, forward.
 
-Compared are ratios to each side's own dense unit of equal active FLOPs, so that neither side's matrix product counts.
-PyTorch is a peer to measure against: without it these rows are left out.
+Against the index-add loop of `transformers` (its Mixtral block, eager): seconds against seconds, both libraries in one
+process in turn. Against a layer on `torch.nn.functional.grouped_mm`: each side's ratio to its own dense unit of equal
+active FLOPs, so that neither side's matrix product counts. Without PyTorch and transformers these rows are left out.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -11,35 +13,50 @@ from typing import Any
 import numpy as np
 
 from dyncomp.bench import fresh, layer, loads, timing
+from dyncomp.core.errors import DyncompError
+from dyncomp.experts import MoE
+from dyncomp.routers import TopK
 
 EXPERTS, LOAD = 8, "dirichlet4"
-GOALS = {"loop": 0.5, "grouped_mm": 1 / 0.9}
-REFERENCE = {
-    "loop": "(ours / our dense unit) / (an index-add loop over experts in PyTorch / its dense unit), forward",
-    "grouped_mm": "(ours / our dense unit) / (sort and torch.nn.functional.grouped_mm / its dense unit), forward",
-}
+LOOP_EXPERTS = (8, 64)
+LOOP_GOAL, GROUPED_GOAL = 0.5, 1 / 0.9
+LOOP = "seconds of the layer / of the same layer as transformers runs Mixtral (eager, PyTorch), {e} experts, {load}"
+GROUPED = "(ours / our dense unit) / (sort and torch.nn.functional.grouped_mm / its dense unit)"
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """One row a rival; none without PyTorch, or in a smoke run."""
-    if quick or importlib.util.find_spec("torch") is None:
+    """Two rows against the loop, one against the grouped product; none without the peers, or in a smoke run."""
+    if quick or not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         return []
-    return [_row(rival) for rival in GOALS]
+    return [*map(_loop_row, LOOP_EXPERTS), _grouped_row()]
 
 
-def _row(rival: str) -> dict[str, Any]:
+def _loop_row(experts: int) -> dict[str, Any]:
+    found = fresh.call(f"{__name__}:against_loop", {"experts": experts}, pinned=True)
+    return timing.row_of_pairs(
+        f"experts/torch/loop/{experts}",
+        timing.Pairs(**found),
+        reference=LOOP.format(e=experts, load=LOAD),
+        clock="cpu",
+        goal=LOOP_GOAL,
+        relation="<=",
+        peer="transformers",
+    )
+
+
+def _grouped_row() -> dict[str, Any]:
     words = {"experts": EXPERTS, "load": LOAD, "part": "forward", "quick": False}
     ours = timing.Pairs(**fresh.call(f"{layer.__name__}:measured", words, pinned=True)["pairs"])
-    theirs = timing.Pairs(**fresh.call(f"{__name__}:measured", {"rival": rival}, pinned=True))
+    theirs = timing.Pairs(**fresh.call(f"{__name__}:grouped_mm", {}, pinned=True))
     ratios = [a / b for a, b in zip(ours.ratios("cpu"), theirs.ratios("cpu"), strict=True)]
     ratio, interval = timing.median_interval(ratios)
     return timing.row(
-        f"experts/torch/{rival}",
+        "experts/torch/grouped_mm",
         ratio,
         interval,
-        reference=REFERENCE[rival],
+        reference=GROUPED,
         runs=len(ratios),
-        goal=GOALS[rival],
+        goal=GROUPED_GOAL,
         relation="<=",
         peer="PyTorch",
         median_ours=timing.median_interval(ours.ratios("cpu"))[0],
@@ -47,16 +64,66 @@ def _row(rival: str) -> dict[str, Any]:
     )
 
 
-def measured(rival: str) -> dict[str, Any]:
-    """Pairs of seconds (ours: PyTorch's layer, peer: its dense unit) on the same rows, weights and load."""
+def against_loop(experts: int) -> dict[str, Any]:
+    """Pairs of seconds: our layer, and transformers' block with the same weights on the same rows.
+
+    Raises:
+      DyncompError: the two do not compute the same.
+    """
+    import torch  # pyrefly: ignore
+
+    torch.set_num_threads(1)
+    router = functools.partial(TopK, k=layer.K)
+    ours = MoE(router=router, num_experts=experts, hidden=layer.HIDDEN, parent=None)
+    x = layer.inputs(layer.ROWS, layer.WIDTH)
+    variables = layer.plant(ours, x, loads.shares(LOAD, experts))
+    run = layer.runner(layer.outputs(ours), variables, x, "forward")
+    theirs, rows = _block(torch, variables["params"]), torch.from_numpy(np.array(x))
+
+    def loop() -> Any:
+        with torch.no_grad():
+            return theirs(rows)
+
+    apart = float(np.abs(np.asarray(run()) - loop().numpy()).max())
+    if apart > 1e-3:
+        raise DyncompError(f"the layer and transformers' differ by {apart}: nothing to compare")
+    return vars(timing.interleaved(run, loop, layer.PAIRS))
+
+
+def _block(torch: Any, params: Any) -> Any:
+    """transformers' Mixtral block, eager, with our weights."""
+    from transformers import MixtralConfig  # pyrefly: ignore
+    from transformers.models.mixtral.modeling_mixtral import (  # pyrefly: ignore
+        MixtralSparseMoeBlock,
+    )
+
+    gate, up, down = (
+        np.asarray(params[n]).transpose(0, 2, 1).copy() for n in ("gate", "up", "down")
+    )
+    e, f, d = gate.shape
+    config = MixtralConfig(hidden_size=d, intermediate_size=f, num_local_experts=e)
+    config.num_experts_per_tok, config._experts_implementation = layer.K, "eager"
+    block = MixtralSparseMoeBlock(config)
+    names = {
+        "gate.weight": np.asarray(params["router"]["kernel"]).T.copy(),
+        "experts.gate_up_proj": np.concatenate([gate, up], axis=1),
+        "experts.down_proj": down,
+    }
+    block.load_state_dict({n: torch.from_numpy(w) for n, w in names.items()})
+    return block
+
+
+def grouped_mm() -> dict[str, Any]:
+    """Pairs of seconds: PyTorch's layer on its grouped product, and its dense unit, on the same rows and load."""
     import torch  # pyrefly: ignore
 
     torch.set_num_threads(1)
     experts, dense, logits, x = _problem(torch)
     with torch.no_grad():
-        run = {"loop": _loop, "grouped_mm": _grouped}[rival]
         pairs = timing.interleaved(
-            lambda: run(torch, experts, logits, x), lambda: _swiglu(torch, dense, x), layer.PAIRS
+            lambda: _grouped(torch, experts, logits, x),
+            lambda: _swiglu(torch, dense, x),
+            layer.PAIRS,
         )
     return vars(pairs)
 
@@ -81,17 +148,6 @@ def _swiglu(torch: Any, weights: Any, x: Any, product: Callable[..., Any] | None
 def _gates(torch: Any, logits: Any) -> tuple[Any, Any]:
     weights, chosen = torch.topk(torch.softmax(logits, -1), layer.K, dim=-1)
     return weights / weights.sum(-1, keepdim=True), chosen
-
-
-def _loop(torch: Any, experts: Any, logits: Any, x: Any) -> Any:
-    """Expert by expert: gather its rows, run it, add its outputs to their rows."""
-    weights, chosen = _gates(torch, logits)
-    out = torch.zeros_like(x)
-    for index in range(EXPERTS):
-        row, slot = torch.where(chosen == index)
-        y = _swiglu(torch, tuple(w[index] for w in experts), x[row])
-        out.index_add_(0, row, y * weights[row, slot, None])
-    return out
 
 
 def _grouped(torch: Any, experts: Any, logits: Any, x: Any) -> Any:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import dyncomp
 from dyncomp.core.errors import DyncompError, Preempted
+from dyncomp.core.heap import keep_freed_memory
 
 COMMANDS = (
     "list_systems",
     "config_text",
     "run",
     "evaluate",
+    "generate",
     "reproduce",
     "sweep",
     "bench",
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args([a for a in rest if a != "--debug"])
     args.overrides = overrides
     quiet_tpu_compiler()
+    keep_freed_memory()
     try:
         return args.function(args) or 0
     except Preempted as stop:

@@ -1,6 +1,7 @@
 """The decode loop and what plugs into it."""
 
 from dyncomp.decoding.entropy import entropy_bits
+from dyncomp.decoding.exiting import ExitEarly
 from dyncomp.decoding.fusion import (
     FusionPlan,
     alpha_grid,
@@ -15,6 +16,7 @@ from dyncomp.decoding.fusion import (
 from dyncomp.decoding.generated import Generated, Tick
 from dyncomp.decoding.generator import Generator
 from dyncomp.decoding.policies import FullDepth, KeepLayers, Policy, Step
+from dyncomp.decoding.rules import Confident, MappedHead, OwnHeads, SharedHead
 from dyncomp.decoding.sampling import Sampler, row_keys
 from dyncomp.decoding.speculation import (
     Acceptance,
@@ -53,16 +55,21 @@ __all__ = [
     "SMALL",
     "Acceptance",
     "CandidateTree",
+    "Confident",
     "EntropySwitch",
+    "ExitEarly",
     "FullDepth",
     "FusionPlan",
     "Generated",
     "Generator",
     "KeepLayers",
+    "MappedHead",
+    "OwnHeads",
     "PeriodicSwitch",
     "Policy",
     "RandomSwitch",
     "Sampler",
+    "SharedHead",
     "Step",
     "SwitchState",
     "Tick",

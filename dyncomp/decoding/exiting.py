@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dyncomp.attention import push_newest, replace_newest
+from dyncomp.attention import KVCache, push_newest, replace_newest
 from dyncomp.core.aux import Count, count
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
@@ -153,7 +153,7 @@ class _Walk:
         run = lambda x, caches, below: self._filled(
             span, *self._run(span, x, caches, left), below, left
         )  # noqa: E501
-        shapes = jax.eval_shape(run, *parts)[2]
+        shapes = jax.eval_shape(lambda *given: run(*given)[2], *parts)
         skip = lambda x, caches, below: self._skip(span, x, caches, below, shapes)
         y, caches, events = lax.cond(jnp.all(left), skip, run, *parts)
         made = 0 if self.policy.fill == "copy" else len(span)
@@ -176,19 +176,25 @@ class _Walk:
     ) -> Any:
         """After a run: rows that had left before get copied keys and values where that is the policy."""
         if self.policy.fill == "copy":
-            caches = [replace_newest(cache, below, left) for cache in caches]
+            take = lambda cache, source: replace_newest(cache, source, left)
+            caches = [_each(take, cache, below) for cache in caches]
         return x, caches, events
 
     def _skip(self, span: range, x: Array, caches: list[Any], below: Any, shapes: Any) -> Any:
         """Nothing runs but what fills the caches."""
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if self.policy.fill == "copy":
-            return x, [push_newest(cache, below) for cache in caches], nothing
+            return x, [_each(push_newest, cache, below) for cache in caches], nothing
         filled = [
             self.net.block(index, x, self.positions, self.mask, cache)[1]
             for index, cache in zip(span, caches, strict=True)
         ]  # the compiler drops what only the output needs
         return x, filled, nothing
+
+
+def _each(fn: Any, cache: Any, source: Any) -> Any:
+    """``fn`` on the key/value caches of two blocks."""
+    return jax.tree.map(fn, cache, source, is_leaf=lambda node: isinstance(node, KVCache))
 
 
 def _total(counts: list[Count]) -> Count:

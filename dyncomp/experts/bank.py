@@ -18,6 +18,7 @@ from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Float, Int
 from dyncomp_kernels.grouped_matmul.api import Implementation, grouped_matmul
 from dyncomp_kernels.grouped_matmul.xla import executed_rows
+from dyncomp_kernels.grouped_swiglu.api import grouped_swiglu
 
 INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
 WIDE, NARROW = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
@@ -60,6 +61,8 @@ class SwiGLUBank:
         self, rows: Float[Array, "m d"], group_sizes: Int[Array, "e"]
     ) -> Float[Array, "m d"]:
         """Contiguous rows of each expert in order; only those in use are multiplied."""
+        if self.matmul is None:
+            return grouped_swiglu(rows, self.gate, self.up, self.down, group_sizes)
         product = functools.partial(grouped_matmul, implementation=self.matmul)
         gate, up = (product(rows, weights, group_sizes) for weights in (self.gate, self.up))
         return product(jax.nn.silu(gate) * up, self.down, group_sizes)

@@ -19,8 +19,8 @@ from dyncomp.core.typing import Array, Factory, Float, Int, check_factory
 from dyncomp.experts.bank import moved
 from dyncomp.experts.ffn import INIT
 from dyncomp.experts.local import on_own_rows
-from dyncomp_kernels.grouped_matmul.api import grouped_matmul
 from dyncomp_kernels.grouped_matmul.xla import executed_rows
+from dyncomp_kernels.grouped_swiglu.api import grouped_swiglu
 
 Weights = tuple[Array, Array, Array] | None
 """gate [d f], up [d f], down [f d] of one module; None for a module that is skipped."""
@@ -47,8 +47,7 @@ class LadderBank:
                 continue
             size = group_sizes[index : index + 1]
             own = jnp.roll(rows, -starts[index], axis=0)
-            gate, up = (grouped_matmul(own, w[None], size) for w in weights[:2])
-            product = grouped_matmul(jax.nn.silu(gate) * up, weights[2][None], size)
+            product = grouped_swiglu(own, *(w[None] for w in weights), size)
             out = out + jnp.roll(product, starts[index], axis=0)
         return out
 

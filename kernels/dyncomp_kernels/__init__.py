@@ -5,5 +5,6 @@ tests and a benchmark.
 """
 
 from dyncomp_kernels.grouped_matmul.api import explain, grouped_matmul
+from dyncomp_kernels.grouped_swiglu.api import grouped_swiglu
 
-__all__ = ["explain", "grouped_matmul"]
+__all__ = ["explain", "grouped_matmul", "grouped_swiglu"]

@@ -26,7 +26,8 @@ PAIRS = [(SwiGLUBank, HopperSwiGLUBank, 3), (MLPBank, HopperMLPBank, 2)]
 def test_same_layer_and_kernels_for_cuda(portable, hopper, products):
     variables = layer(portable).init(jax.random.key(0), X)
     y = layer(hopper).apply(variables, X)[0]
-    np.testing.assert_array_equal(y, layer(portable).apply(variables, X)[0])
+    plain = np.asarray(layer(portable).apply(variables, X)[0], np.float32)
+    np.testing.assert_allclose(np.asarray(y, np.float32), plain, atol=2e-2)  # bfloat16
     loss = lambda v, x: jnp.sum(layer(hopper).apply(v, x)[0].astype(jnp.float32))
     step = jax.jit(jax.value_and_grad(loss))
     text = jax.export.export(step, platforms=["cuda"])(variables, X).mlir_module()

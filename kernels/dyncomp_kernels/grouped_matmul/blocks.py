@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-STEPS = 6
+STEPS = 12
 MIN_STEP = 16
-MAX_STEP = 64
+MAX_STEP = 32
 
 
 class Sweep(NamedTuple):

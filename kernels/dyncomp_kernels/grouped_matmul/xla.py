@@ -36,7 +36,7 @@ def _product(rows: Array, weights: Array, group_sizes: Array, contract: int) -> 
     shape = rows.shape[0], weights.shape[3 - contract]
     if 0 in rows.shape or 0 in weights.shape:
         return jnp.zeros(shape, rows.dtype)
-    out = vary_like(_zeros(shape, weights, group_sizes), rows, weights, group_sizes)
+    out = vary_like(zeros(shape, weights, group_sizes), rows, weights, group_sizes)
     for sweep in sweeps(group_sizes, rows.shape[0]):
         body = functools.partial(_multiply, sweep, rows, weights, contract - 1)
         out = lax.fori_loop(sweep.begin, sweep.stop, body, out)
@@ -45,7 +45,7 @@ def _product(rows: Array, weights: Array, group_sizes: Array, contract: int) -> 
 
 def _multiply(sweep: Sweep, rows: Array, weights: Array, axis: int, i: Array, out: Array) -> Array:
     """Block ``i`` of the sweep: its product with its group's matrix, contracted over the matrix's ``axis``."""
-    start, own = _place(sweep, i, rows.shape[0])
+    start, own = place(sweep, i, rows.shape[0])
     tile = lax.dynamic_slice_in_dim(rows, start, sweep.block)
     weight = lax.dynamic_index_in_dim(weights, sweep.group[i], keepdims=False)
     contract = (((1,), (axis,)), ((), ()))
@@ -56,7 +56,7 @@ def _multiply(sweep: Sweep, rows: Array, weights: Array, axis: int, i: Array, ou
     return lax.dynamic_update_slice_in_dim(out, product, start, axis=0)
 
 
-def _zeros(shape: tuple[int, ...], x: Array, group_sizes: Array) -> Array:
+def zeros(shape: tuple[int, ...], x: Array, group_sizes: Array) -> Array:
     """Zeros in the type of ``x`` that XLA cannot share with another product's.
 
     Equal constants become one buffer, of which every product then takes a copy to write in place. So the zero comes
@@ -66,7 +66,7 @@ def _zeros(shape: tuple[int, ...], x: Array, group_sizes: Array) -> Array:
     return jnp.broadcast_to(jnp.where(group_sizes[0] < 0, first, 0), shape)
 
 
-def _place(sweep: Sweep, i: Array, rows: int) -> tuple[Array, Array]:
+def place(sweep: Sweep, i: Array, rows: int) -> tuple[Array, Array]:
     """First row of block ``i``, moved up where it would reach past the last row, and which rows are its own [b 1]."""
     start = jnp.minimum(sweep.start[i], rows - sweep.block)
     index = start + jnp.arange(sweep.block, dtype=jnp.int32)
@@ -79,7 +79,7 @@ def weight_gradient(rows: Array, cotangent: Array, group_sizes: Array) -> Array:
     if 0 in rows.shape or 0 in cotangent.shape:
         return jnp.zeros(shape, jnp.float32)
     total = vary_like(
-        _zeros(shape, cotangent.astype(jnp.float32), group_sizes), rows, cotangent, group_sizes
+        zeros(shape, cotangent.astype(jnp.float32), group_sizes), rows, cotangent, group_sizes
     )
     for sweep in sweeps(group_sizes, rows.shape[0]):
         body = functools.partial(_accumulate, sweep, rows, cotangent)
@@ -89,7 +89,7 @@ def weight_gradient(rows: Array, cotangent: Array, group_sizes: Array) -> Array:
 
 def _accumulate(sweep: Sweep, rows: Array, cotangent: Array, i: Array, total: Array) -> Array:
     """Block ``i``'s part of its group's gradient: the last block writes it, whole blocks, which come later, add."""
-    start, own = _place(sweep, i, rows.shape[0])
+    start, own = place(sweep, i, rows.shape[0])
     cut = lambda x: lax.dynamic_slice_in_dim(x, start, sweep.block)
     left, right = cut(rows), cut(cotangent)
     if not sweep.whole:

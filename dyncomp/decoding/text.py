@@ -1,0 +1,80 @@
+"""Tokens to text while they come: whole characters only, and strings that end a sequence."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from dyncomp.decoding.generated import Tick
+
+PARTIAL = "\N{REPLACEMENT CHARACTER}"
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """What turns ids into text."""
+
+    def decode(self, ids: Any) -> str:
+        """The text of some ids."""
+        ...
+
+
+@dataclasses.dataclass
+class TextStream:
+    """The text of one growing sequence.
+
+    Attributes:
+      tokenizer: decodes ids.
+      stop: the first of these that appears ends the text, itself left out.
+      text: what is certain so far; a character whose bytes are not all there is not.
+    """
+
+    tokenizer: Decodes
+    stop: Sequence[str] = ()
+    text: str = ""
+    stopped: bool = False
+    _ids: list[int] = dataclasses.field(default_factory=list)
+
+    def push(self, token: int) -> str:
+        """Adds a token and returns what that adds to the text; nothing after a stop string."""
+        if self.stopped:
+            return ""
+        self._ids.append(int(token))
+        whole = self.tokenizer.decode(self._ids)
+        if whole.endswith(PARTIAL):
+            return ""
+        found = [at for at in map(whole.find, self.stop) if at >= 0]
+        self.stopped = bool(found)
+        whole = whole[: min(found)] if found else whole
+        new, self.text = whole[len(self.text) :], whole
+        return new
+
+
+class Transcript:
+    """A listener of `Generator.generate`: the texts of all rows, and which rows a stop string ends.
+
+    Args:
+      tokenizer: decodes ids.
+      rows: sequences.
+      stop: strings that end a row.
+      show: called with (row, new text) as it comes.
+    """
+
+    def __init__(self, tokenizer: Decodes, rows: int, stop: Sequence[str] = (), show: Any = None):
+        self.streams = [TextStream(tokenizer, stop) for _ in range(rows)]
+        self.show = show
+
+    def __call__(self, tick: Tick) -> np.ndarray:
+        """Takes a step; bool [b], rows whose text has ended."""
+        for row, stream in enumerate(self.streams):
+            if tick.emitted[row]:
+                new = stream.push(int(tick.tokens[row]))
+                if new and self.show:
+                    self.show(row, new)
+        return np.array([stream.stopped for stream in self.streams])
+
+    @property
+    def texts(self) -> list[str]:
+        """What each row says."""
+        return [stream.text for stream in self.streams]

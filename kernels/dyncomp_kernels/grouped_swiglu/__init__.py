@@ -1,0 +1,1 @@
+"""Experts of the SwiGLU kind on sorted rows."""
