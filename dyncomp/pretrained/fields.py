@@ -1,6 +1,7 @@
 """A config.json whose values are checked as they are read."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from dyncomp.attention import RopeScaling
 from dyncomp.core.errors import DyncompError
 
 REQUIRED: Any = object()
-MAX_COUNT = 1 << 31
+MAX_COUNT = 1 << 28
 
 
 class Fields:
@@ -37,12 +38,12 @@ class Fields:
             return default
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise DyncompError(f"{self.where}: {name}={value!r}; expected {kind.__name__}")
         return value
 
     def count(self, name: str, default: Any = REQUIRED) -> Any:
-        """A positive integer."""
+        """A positive integer, of a size that is believed."""
         value = self.get(name, int, default)
         if value is not default and not 0 < value < MAX_COUNT:
             raise DyncompError(f"{self.where}: {name}={value}; expected a positive count")

@@ -1,9 +1,10 @@
 """Parameters of a backbone, filled from tensors one leaf at a time."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,10 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 
 ALIGNMENT = 64
 """Bytes; a host array that starts on such an address becomes a CPU array without a copy."""
+
+
+BLOCK = 1 << 23
+"""Bytes of a file that are resident at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +186,19 @@ def _fill(
     for place in np.ndindex(*out.shape[:lead]):
         name = names[leaf.tensor(tuple(span[i] for span, i in zip(spans, place, strict=False)))]
         view = leaf.entry.view(weights.view(name), leaf.inner)
-        out[place] = view[tuple(index[lead:])]
-        weights.release(name)
+        drop = functools.partial(weights.release, name)
+        _copy(out[place], view[tuple(index[lead:])], drop)
     return out
+
+
+def _copy(out: np.ndarray, view: np.ndarray, drop: Callable[[], None]) -> None:
+    """Casts a view of a file into ``out``, block by block in the file's order, dropping the pages of each block."""
+    axis = int(np.argmax(view.strides))
+    step = max(1, BLOCK * view.shape[axis] // max(1, view.nbytes))
+    for start in range(0, view.shape[axis], step):
+        part = (slice(None),) * axis + (slice(start, start + step),)
+        out[part] = view[part]
+        drop()
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

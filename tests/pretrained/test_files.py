@@ -9,7 +9,8 @@ import pytest
 
 from dyncomp import pretrained
 from dyncomp.core.errors import DyncompError
-from dyncomp.pretrained import weights
+from dyncomp.pretrained import architectures, weights
+from dyncomp.pretrained.fields import Fields
 
 CONFIG = {
     **{"model_type": "llama", "vocab_size": 19, "hidden_size": 8, "intermediate_size": 12},
@@ -197,6 +198,31 @@ def test_bad_config(folder, kind):
     changes, match = BAD_CONFIG[kind]
     edit(folder, **changes)
     refused(folder, match)
+
+
+NONSENSE = [
+    *(None, 0, -1, 1, 3, 2**31, 1e30, -0.5, float("nan"), float("inf"), True, "", "x"),
+    *([], [1], [None, None], {}, {"factor": 2.0}, ["sliding_attention"] * 2),
+]
+
+
+def test_fuzzed_configs():
+    """Any value in any field of any architecture: numbers of a model, or one line."""
+    golden = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
+    rng = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(1500):
+        config = dict(golden[rng.choice(list(golden))]["config"])
+        names = [*config, "rope_parameters", "layer_types", "mlp_only_layers", "sliding_window"]
+        for name in rng.choice(names, rng.integers(1, 3)):
+            config[name] = NONSENSE[rng.integers(len(NONSENSE))]
+        try:
+            said = Fields(config)
+            outcomes.append(len(architectures.find(said).read(said).groups()))
+        except DyncompError as error:
+            outcomes.append(0)
+            assert "\n" not in str(error)
+    assert 200 < outcomes.count(0) < 1400
 
 
 def test_bad_sources(folder, tmp_path):

@@ -136,3 +136,18 @@ def test_export_refuses_what_no_architecture_has(folder, tmp_path):
     with pytest.raises(DyncompError, match="export a model with its own parameters"):
         pretrained.export(tmp_path / "out", loaded.model, params)
     assert not (tmp_path / "out").exists()
+
+
+def test_learned_positions_end(folder):
+    """A table of 40 positions: longer inputs are refused, and embedding alone needs to know where."""
+    loaded = pretrained.load(folder("gpt2"), layers="scan")
+    embed = lambda tokens, **kw: loaded.model.apply(loaded.variables, tokens, method="embed", **kw)
+    with pytest.raises(DyncompError, match="learned_positions=40"):
+        loaded.model.apply(loaded.variables, jnp.zeros((1, 41), jnp.int32))
+    with pytest.raises(DyncompError, match="at positions="):
+        embed(TOKENS)
+    params = loaded.variables["params"]
+    expected = params["embed"][TOKENS[:, :1]] + params["positions"][7]
+    np.testing.assert_array_equal(
+        embed(TOKENS[:, :1], positions=jnp.full((1, 1), 7)), np.asarray(expected)
+    )

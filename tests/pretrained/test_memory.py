@@ -9,8 +9,8 @@ import pytest
 
 LIMIT = 1.15
 CONFIG = {
-    **{"model_type": "llama", "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 4096},
-    **{"num_hidden_layers": 6, "num_attention_heads": 8, "max_position_embeddings": 64},
+    **{"model_type": "llama", "vocab_size": 24576, "hidden_size": 1024, "intermediate_size": 4096},
+    **{"num_hidden_layers": 3, "num_attention_heads": 8, "max_position_embeddings": 64},
 }
 SMALL = {**CONFIG, "vocab_size": 16, "hidden_size": 32, "intermediate_size": 48}
 MEASURE = """
@@ -38,7 +38,7 @@ print(json.dumps({"weights": size, "peak": status("VmHWM") - before, "rest": sta
 def test_peak_memory(random_checkpoint, tmp_path, stored, dtype):
     """From files twice and half as large as the result: at most 1.15 times the result is ever resident.
 
-    The largest stacked leaf is 23% of this model, so a second copy of it would show.
+    The largest leaf is 25% of this model, so a second copy of it would show, and so would its pages of the file.
     """
     small = random_checkpoint(tmp_path / "small", SMALL)
     large = random_checkpoint(tmp_path / "large", CONFIG, dtype=stored)
