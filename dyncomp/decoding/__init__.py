@@ -15,6 +15,7 @@ from dyncomp.decoding.fusion import (
 )
 from dyncomp.decoding.generated import Generated, Tick
 from dyncomp.decoding.generator import Generator
+from dyncomp.decoding.pending import ExitAndCatchUp
 from dyncomp.decoding.policies import FullDepth, KeepLayers, Policy, Step
 from dyncomp.decoding.rules import Confident, MappedHead, OwnHeads, SharedHead
 from dyncomp.decoding.sampling import Sampler, row_keys
@@ -57,6 +58,7 @@ __all__ = [
     "CandidateTree",
     "Confident",
     "EntropySwitch",
+    "ExitAndCatchUp",
     "ExitEarly",
     "FullDepth",
     "FusionPlan",

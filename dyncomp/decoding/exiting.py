@@ -97,7 +97,7 @@ class _Walk:
     def __call__(self, token: Array, cache: Any, state: Any) -> Step:
         net, policy = self.net, self.policy
         b, depth = token.shape[0], net.model.depth
-        caches, x = layer_caches(cache), net.embed(token)
+        caches, x = layer_caches(cache), net.embed(token, self.positions)
         left, stop = ~self.mask[:, 0], jnp.zeros((b,), bool)
         logits = jnp.zeros((b, net.model.vocab_size), jnp.float32)
         ran = jnp.full((b,), depth, jnp.int32)

@@ -7,11 +7,11 @@ import pytest
 
 from dyncomp import models
 from dyncomp.core.errors import DyncompError
-from dyncomp.decoding import Confident, ExitEarly, Generator, OwnHeads
+from dyncomp.decoding import Confident, ExitAndCatchUp, ExitEarly, Generator, OwnHeads
 
 NEW, EXITS = 9, (1, 3, 4)
-THRESHOLDS = jnp.asarray([0.05, 0.04, 0.03])
-"""Below these the tiny model leaves at every exit now and then (the test checks)."""
+THRESHOLDS = jnp.asarray([0.11, 0.12, 0.12])
+"""The tiny model then leaves at every exit now and then (a test checks)."""
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,51 @@ def test_what_was_needed_and_executed(lm, run):
     assert ledger.entries["head/tokens"].executed == depths.count(6)
     made = ledger.entries["fill/rows"].executed
     assert made == (sum(6 - depth for depth in depths) if fill == "propagate" else 0)
+
+
+@pytest.fixture(scope="module")
+def exact(lm):
+    """Of every window, the generator that catches up."""
+    model, variables, _ = lm
+    make = lambda w: Generator(model, variables, ExitAndCatchUp(EXITS, window=w), keep_logits=True)
+    return {window: make(window) for window in (2, 5)}
+
+
+def said_at(net, tokens, depth):
+    """Logits of the last of ``tokens`` after ``depth`` blocks of the whole sequence."""
+    x = net(jnp.asarray([tokens]), method="embed")
+    for index in range(depth):
+        x, _ = net(index, x, method="run_block")
+    return net(x, method="classify")[0, -1]
+
+
+@pytest.mark.parametrize("window", [2, 5])
+def test_blocks_that_catch_up_have_the_caches_of_full_depth(lm, net, exact, window):
+    """Each token's logits are those of its exit in a forward pass in which all tokens ran all blocks."""
+    prompt, generator = lm[2][1], exact[window]
+    (one,) = generator.generate([prompt], NEW, controls=THRESHOLDS)
+    assert set(one.depths[1:]) >= {1, 6}
+    for step in range(NEW):
+        want = said_at(net, prompt + one.tokens[:step], one.depths[step])
+        np.testing.assert_allclose(one.logits[step], want, atol=1e-5)
+    ran = generator.ledger.entries["group_0/block_0/ffn/tokens"]
+    assert ran.needed <= 6 * (NEW - 1) and ran.executed >= ran.needed
+
+
+def test_a_full_window_goes_deep(lm, exact):
+    generator, zero = exact[2], jnp.zeros(3)
+    (one,) = generator.generate(lm[2][:1], NEW, controls=zero)
+    assert one.depths == [6, 1, 6, 1, 6, 1, 6, 1, 6]
+    assert generator.ledger.entries["group_0/block_0/ffn/tokens"].needed == 6 * (NEW - 1)
+    (one,) = exact[5].generate(lm[2][:1], NEW, controls=zero)
+    assert one.depths == [6, 1, 1, 1, 1, 6, 1, 1, 1]
+
+
+def test_catching_up_above_all_thresholds_is_full_depth(lm, exact):
+    whole = Generator(*lm[:2], keep_logits=True).generate(lm[2], NEW)
+    for one, full in zip(exact[5].generate(lm[2], NEW), whole, strict=True):
+        assert one.tokens == full.tokens and set(one.depths) == {6}
+        np.testing.assert_allclose(one.logits, full.logits, atol=1e-6)
 
 
 def test_own_heads_read_the_raw_state(lm, net):
