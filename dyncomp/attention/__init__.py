@@ -4,6 +4,7 @@ from dyncomp.attention.attention import Attention, attend
 from dyncomp.attention.cache import (
     FullCache,
     KVCache,
+    keep_slots,
     push_newest,
     replace_newest,
     truncate,
@@ -16,6 +17,7 @@ __all__ = [
     "KVCache",
     "RopeScaling",
     "attend",
+    "keep_slots",
     "push_newest",
     "replace_newest",
     "rope_angles",

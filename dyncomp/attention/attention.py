@@ -16,6 +16,7 @@ from dyncomp.core.ledger import Cost
 from dyncomp.core.norms import rms_norm
 from dyncomp.core.sharding import constrain, param
 from dyncomp.core.typing import Array, Bool, Factory, Float, Int, check_factory
+from dyncomp_kernels.dense_matmul.api import dense_matmul
 
 PAIR_BLOCK = 16_384
 """Pairs are counted as blocks of this many and a remainder, so that sums over a batch stay within int32."""
@@ -45,6 +46,15 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bgrts,bsgp->btgrp", weights, v, preferred_element_type=jnp.float32)
     return mixed.reshape(b, t, h, p).astype(q.dtype)
+
+
+def _hidden(visible: Bool[Array, "#b t w"], end: Array | int, slots: int) -> Bool[Array, "#b t s"]:
+    """Which slots ``visible``, of the newest w below ``end``, forbids."""
+    width = visible.shape[-1]
+    column = jnp.arange(slots, dtype=jnp.int32) - (end - width)
+    inside = (column >= 0) & (column < width)
+    told = jnp.take(visible, jnp.clip(column, 0, width - 1), axis=-1)
+    return inside[None, None] & ~told
 
 
 def pair_events(needed: Int[Array, "b"], executed: int) -> dict[str, Count]:
@@ -123,6 +133,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
+        visible: Bool[Array, "#b t w"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Mixes positions.
 
@@ -131,6 +142,8 @@ class Attention(nn.Module):
           positions: what RoPE sees; default the place in the sequence. Causality follows the order of x.
           mask: [b t], 1 (or True) for real tokens; padding is never attended to.
           cache: keys and values of earlier positions; the extended one is in ``Aux.cache``.
+          visible: of the newest w slots, those of x included, which each position may see, within what it sees anyway
+            (w = t: a tree among the new positions; older slots are seen by all).
         """
         b, t, d = x.shape
         h, g, p = self.sizes(d)
@@ -147,10 +160,13 @@ class Attention(nn.Module):
         else:
             cache, k, v, key_place = cache.policy.extend(cache, k, v, real)
         allowed = self._allowed(place, key_place, everything=cache is None and real is None)
+        if visible is not None:
+            hidden = _hidden(visible, start + t, k.shape[1])
+            allowed = ~hidden if allowed is None else allowed & ~hidden
         mixed = attend(q, k.astype(q.dtype), v.astype(q.dtype), allowed)
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
-        visible = allowed if self.window is not None else None
-        return y, Aux(events=self._events(t, k.shape[1], real, earlier, visible), cache=cache)
+        pairs = allowed if self.window is not None or visible is not None else None
+        return y, Aux(events=self._events(t, k.shape[1], real, earlier, pairs), cache=cache)
 
     def _placed(self, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
         """Queries and keys with their norms and their positions."""
@@ -187,7 +203,7 @@ class Attention(nn.Module):
         kernel = param(
             self, name, init, (x.shape[-1], heads, p), ("embed", axis, "head_dim"), dtype
         )
-        y = jnp.einsum("btd,dhp->bthp", x, kernel.astype(x.dtype))
+        y = dense_matmul(x, kernel.astype(x.dtype))
         if self.bias if self.qkv_bias is None else self.qkv_bias:
             zeros = nn.initializers.zeros_init()
             shift = param(self, f"{name}_bias", zeros, (heads, p), (axis, "head_dim"), dtype)
@@ -199,7 +215,7 @@ class Attention(nn.Module):
         h, p = mixed.shape[2:]
         dtype = self.dtypes.param
         kernel = param(self, "out", init, (h, p, d), ("heads", "head_dim", "embed"), dtype)
-        y = jnp.einsum("bthp,hpd->btd", mixed, kernel.astype(mixed.dtype))
+        y = dense_matmul(mixed, kernel.astype(mixed.dtype), axes=2)
         if self.bias:
             shift = param(self, "out_bias", nn.initializers.zeros_init(), (d,), ("embed",), dtype)
             y = y + shift.astype(y.dtype)[None, None]
@@ -210,7 +226,7 @@ class Attention(nn.Module):
     ) -> dict[str, Count]:
         """Counts of t new positions that look at s slots, of which ``earlier`` [b] held real tokens before.
 
-        ``visible`` [b t s] is given where a closed form would not do: a window counts slots, padded ones too.
+        ``visible`` [b t s] is given where a closed form would not do: a tree, or a window, which counts padded slots.
         """
         b = earlier.shape[0]
         tokens = (

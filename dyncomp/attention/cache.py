@@ -116,11 +116,37 @@ def replace_newest(cache: KVCache, source: KVCache, rows: Bool[Array, "b"]) -> K
     return KVCache(keys, values, cache.positions, cache.length, cache.policy)
 
 
-def truncate(cache: KVCache, length: Int[Array, ""]) -> KVCache:
-    """``cache`` without the slots from ``length`` on: they count as empty and are written again."""
+def truncate(cache: KVCache, length: Int[Array, ""] | Int[Array, "b"]) -> KVCache:
+    """``cache`` without the slots from ``length`` on: they count as empty and are written again.
+
+    With a length for each row, shorter rows keep empty slots up to the longest.
+    """
     place = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(place < length, cache.positions, -1)
-    return KVCache(cache.keys, cache.values, positions, length, cache.policy)
+    positions = jnp.where(place < jnp.reshape(length, (-1, 1)), cache.positions, -1)
+    return KVCache(cache.keys, cache.values, positions, jnp.max(length), cache.policy)
+
+
+def keep_slots(cache: KVCache, start: Int[Array, ""], slots: Int[Array, "b p"]) -> KVCache:
+    """``cache`` with only some of the slots from ``start`` on, moved together.
+
+    Args:
+      start: how many slots stay as they are.
+      slots: int32, which later ones each row keeps, counted from ``start``, in their new order; -1, at a row's end,
+        keeps none.
+    """
+    kept, p = slots >= 0, slots.shape[1]
+    from_ = start + jnp.maximum(slots, 0)
+
+    def moved(x: Array) -> Array:
+        chosen = jnp.take_along_axis(x, from_[:, :, None, None], axis=1)
+        return lax.dynamic_update_slice_in_dim(x, chosen, start, axis=1)
+
+    place = start + jnp.arange(p, dtype=jnp.int32)
+    own = jnp.where(kept, place[None], -1)
+    positions = lax.dynamic_update_slice_in_dim(cache.positions, own, start, axis=1)
+    keys, values = moved(cache.keys), moved(cache.values)
+    state = KVCache(keys, values, positions, cache.length, cache.policy)
+    return truncate(state, start + jnp.max(jnp.sum(kept, axis=1, dtype=jnp.int32)))
 
 
 def _slot(x: Array, at: Int[Array, ""]) -> Array:

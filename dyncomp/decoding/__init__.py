@@ -19,6 +19,7 @@ from dyncomp.decoding.pending import ExitAndCatchUp
 from dyncomp.decoding.policies import FullDepth, KeepLayers, Policy, Step
 from dyncomp.decoding.rules import Confident, MappedHead, OwnHeads, SharedHead
 from dyncomp.decoding.sampling import Sampler, row_keys
+from dyncomp.decoding.session import Account, Reading, Session
 from dyncomp.decoding.speculation import (
     Acceptance,
     accept_greedy,
@@ -55,6 +56,7 @@ __all__ = [
     "LARGE",
     "SMALL",
     "Acceptance",
+    "Account",
     "CandidateTree",
     "Confident",
     "EntropySwitch",
@@ -70,7 +72,9 @@ __all__ = [
     "PeriodicSwitch",
     "Policy",
     "RandomSwitch",
+    "Reading",
     "Sampler",
+    "Session",
     "SharedHead",
     "Step",
     "SwitchState",

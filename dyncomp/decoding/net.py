@@ -36,16 +36,29 @@ class Net:
         args = tokens, mask, positions, cache, False, capture
         return self.model.apply(self.variables, *args, method="hidden")  # type: ignore[return-value]
 
-    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """What the first block reads."""
-        return self.model.apply(self.variables, tokens, method="embed")  # type: ignore[return-value]
+    def embed(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        vectors: Float[Array, "b t d"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """What the first block reads; ``vectors`` stand for tokens below 0 (`DecoderLM.embed`)."""
+        args = tokens, positions, vectors
+        return self.model.apply(self.variables, *args, method="embed")  # type: ignore[return-value]
 
     def block(
-        self, index: int, x: Float[Array, "b t d"], positions: Array, mask: Array | None, cache: Any
+        self,
+        index: int,
+        x: Float[Array, "b t d"],
+        positions: Array,
+        mask: Array | None,
+        cache: Any,
+        visible: Array | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
         """Block ``index`` alone: its output, its extended cache and its events."""
-        args = index, x, positions, mask, cache
-        y, aux = self.model.apply(self.variables, *args, method="run_block")  # type: ignore[misc]
+        args = index, x, positions, mask, cache, visible
+        out: Any = self.model.apply(self.variables, *args, method="run_block")
+        y, aux = out
         return y, aux.cache, aux.events
 
     def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

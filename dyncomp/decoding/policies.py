@@ -120,7 +120,7 @@ class KeepLayers(Plain):
 
     def step(self, net, token, positions, mask, cache, state, controls) -> Step:
         """One token through the kept blocks."""
-        caches, x, found = layer_caches(cache), net.embed(token), []
+        caches, x, found = layer_caches(cache), net.embed(token, positions), []
         for index in self.layers:
             x, caches[index], events = net.block(index, x, positions, mask, caches[index])
             found.append((index, events))

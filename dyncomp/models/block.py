@@ -46,17 +46,20 @@ class Block(nn.Module):
         train: bool = False,
         capture: tuple[str, ...] = (),
         below: Mapping[str, Array] | None = None,
+        visible: Array | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Runs the block; side results nest under ``mixer`` and ``ffn``.
 
         ``capture=("hidden",)`` puts the block's output into the plans. ``below`` is what the blocks below hand up
-        (`below_like` at first); ``Aux.below`` is the same with this block's share renewed.
+        (`below_like` at first); ``Aux.below`` is the same with this block's share renewed. ``visible`` is the mixer's,
+        which hears of it only where it is given.
         """
         mixer = self.mixer(name="mixer", dtypes=self.dtypes)
         ffn = self.ffn(name="ffn", dtypes=self.dtypes)
         own = cache["mixer"] if cache is not None else None
+        seen = {} if visible is None else {"visible": visible}
         y, mixed = mixer(
-            self._norm("mixer_norm")(x), positions, mask, own, train=train, capture=capture
+            self._norm("mixer_norm")(x), positions, mask, own, train=train, capture=capture, **seen
         )
         x = constrain(x + y, ACTIVATION)
         handed = {"below": below} if self.below_like(1, 1) else {}

@@ -124,14 +124,23 @@ class DecoderLM(nn.Module):
         return x, nest(**parts)
 
     def embed(
-        self, tokens: Int[Array, "b t"], positions: Int[Array, "#b t"] | None = None
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "#b t"] | None = None,
+        vectors: Float[Array, "#b t d"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Embedded tokens: what the first block reads. ``positions`` matter with ``learned_positions`` only.
+
+        Args:
+          vectors: used instead of an embedding where a token is below 0 (trained prompts).
 
         Raises:
           DyncompError: the model has learned positions and none are given.
         """
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtypes.compute)
+        own = tokens if vectors is None else jnp.maximum(tokens, 0)
+        x = jnp.take(self.embedding, own, axis=0).astype(self.dtypes.compute)
+        if vectors is not None:
+            x = jnp.where((tokens < 0)[:, :, None], vectors.astype(x.dtype), x)
         if self.learned_positions is not None:
             if positions is None:
                 raise DyncompError("a model with learned positions embeds tokens at positions=...")
@@ -153,10 +162,11 @@ class DecoderLM(nn.Module):
         positions: Int[Array, "#b t"] | None = None,
         mask: Array | None = None,
         cache: Any = None,
+        visible: Array | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Block ``index`` of all groups, alone, with its own cache (`layout.layer_caches`).
 
-        Needs ``layers="unroll"`` and unstacked variables.
+        ``visible`` goes to the block's mixer (`Attention`). Needs ``layers="unroll"`` and unstacked variables.
 
         Raises:
           DyncompError: there is no such block, the layers are scanned, or routers hand something up the depth.
@@ -165,9 +175,10 @@ class DecoderLM(nn.Module):
             raise DyncompError(
                 "routers that hand scores up the depth need the whole stack of blocks"
             )
+        told = {} if visible is None else {"visible": visible}
         for stack in self.group:
             if index < stack.depth:
-                return stack.run(index, x, positions, mask, cache)
+                return stack.run(index, x, positions, mask, cache, **told)
             index -= stack.depth
         raise DyncompError(f"block {index} past the last of {self.depth}")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dyncomp.attention import Attention, FullCache
+from dyncomp.attention import Attention, FullCache, keep_slots, truncate
 from dyncomp.core.errors import DyncompError
 
 B, T, D = 2, 7, 8
@@ -73,3 +73,30 @@ def test_state_is_a_pytree_that_can_be_donated(layer, counting_jit):
         cache = step(cache, x[:, place : place + 1])
     assert len(traces) == 1
     np.testing.assert_array_equal(cache.positions[0], [0, 1, 2] + [-1] * 6)
+
+
+def filled(rows=2, slots=6, used=5):
+    """A cache whose slot i of row r holds 10 r + i."""
+    policy = FullCache(max_length=slots)
+    values = (10 * jnp.arange(rows)[:, None] + jnp.arange(used)).astype(jnp.float32)
+    state, *_ = policy.extend(
+        policy.init(rows, 1, 1), values[:, :, None, None], values[:, :, None, None]
+    )
+    return state
+
+
+def test_truncating_one_length_or_one_for_each_row():
+    assert truncate(filled(), jnp.int32(3)).positions.tolist() == [[0, 1, 2, -1, -1, -1]] * 2
+    each = truncate(filled(), jnp.asarray([1, 3]))
+    assert each.positions.tolist() == [[0, -1, -1, -1, -1, -1], [0, 1, 2, -1, -1, -1]]
+    assert int(each.length) == 3
+
+
+def test_kept_slots_move_together():
+    """Of slots 1..4, row 0 keeps the 1st and 4th, row 1 the 3rd alone."""
+    state = keep_slots(filled(), jnp.int32(1), jnp.asarray([[0, 3, -1], [2, -1, -1]]))
+    assert state.positions.tolist() == [[0, 1, 2, -1, -1, -1], [0, 1, -1, -1, -1, -1]]
+    assert int(state.length) == 3
+    for held in (state.keys, state.values):
+        assert held[0, :3, 0, 0].tolist() == [0.0, 1.0, 4.0]
+        assert held[1, :2, 0, 0].tolist() == [10.0, 13.0]

@@ -1,0 +1,251 @@
+"""One model reading along with a text: several tokens a call, and back again.
+
+What drivers of several models or several tokens a step are made of. `read` is the pure function that they compile into
+their own steps; `Session` drives it from the host, one program for each number of rows, of tokens and of slots.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dyncomp.attention import KVCache, truncate
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Ledger
+from dyncomp.core.typing import Array, Float, Int, Variables
+from dyncomp.decoding.batch import bucket
+from dyncomp.decoding.net import Net, separate
+from dyncomp.models import DecoderLM
+
+WIDTHS = (1, 2, 4, 8)
+"""Tokens of one call that are compiled for; above, the buckets of prompts."""
+
+
+def width(tokens: int) -> int:
+    """The smallest compiled width that holds ``tokens``."""
+    return next((size for size in WIDTHS if tokens <= size), 0) or bucket(tokens)
+
+
+@struct.dataclass
+class Reading:
+    """How far a model has read; donated to the next step.
+
+    Attributes:
+      cache: of all that was read.
+      read: int32 [b], tokens of each row: the next one's position.
+    """
+
+    cache: Any
+    read: Int[Array, "b"]
+
+    @property
+    def slots(self) -> Int[Array, ""]:
+        """Slots of the cache in use, those that single rows waste included."""
+        return jax.tree.leaves(self.cache, is_leaf=_is_cache)[0].length
+
+
+def begin(model: DecoderLM, batch: int, capacity: int) -> Reading:
+    """Nothing read yet."""
+    return Reading(model.init_cache(batch, capacity), jnp.zeros((batch,), jnp.int32))
+
+
+def read(
+    net: Net, reading: Reading, tokens: Int[Array, "b t"], counts: Int[Array, "b"]
+) -> tuple[Float[Array, "b t d"], Reading, Any]:
+    """Reads on: the first ``counts`` tokens of each row; columns that no row uses leave no slot behind.
+
+    Returns:
+      the last block's output (of padding: anything), the reading after it, events.
+    """
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    mask = column < counts[:, None]
+    positions = reading.read[:, None] + jnp.clip(column, 0, jnp.maximum(counts - 1, 0)[:, None])
+    x, aux = net.hidden(tokens, positions, mask, reading.cache)
+    after = each_cache(lambda cache: truncate(cache, reading.slots + jnp.max(counts)), aux.cache)
+    return x, Reading(after, reading.read + counts), aux.events
+
+
+def unread(
+    reading: Reading, start: Int[Array, ""], before: Int[Array, "b"], kept: Int[Array, "b"]
+) -> Reading:
+    """Takes back all but the first ``kept`` tokens of what was read since there were ``start`` slots.
+
+    Every row must have filled its slots from ``start`` on without a gap; ``before`` is what had been read then.
+    """
+    return Reading(each_cache(lambda c: truncate(c, start + kept), reading.cache), before + kept)
+
+
+def check_rows(model: DecoderLM, rows: int) -> None:
+    """Refuses several rows for models that look back a number of slots: rows that differ in length waste some.
+
+    Raises:
+      DyncompError: names the fix.
+    """
+    windows = [
+        getattr(block(parent=None, dtypes=model.dtypes).mixer(parent=None), "window", None)
+        for group in model.groups
+        for block in group.blocks
+    ]
+    if rows > 1 and any(windows):
+        raise DyncompError(
+            f"a window of {max(filter(None, windows))} slots and {rows} rows of different lengths do not go"
+            " together; decode one sequence at a time"
+        )
+
+
+def each_cache(fn: Callable[[KVCache], KVCache], cache: Any) -> Any:
+    """``fn`` on every layer's cache."""
+    return jax.tree.map(fn, cache, is_leaf=_is_cache)
+
+
+def _is_cache(node: Any) -> bool:
+    return isinstance(node, KVCache)
+
+
+def newest(x: Float[Array, "b t d"], counts: Int[Array, "b"]) -> Float[Array, "b 1 d"]:
+    """Of each row, the output of its last real token (its first one where it has none)."""
+    return jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+
+
+class Account:
+    """A ledger whose events are fetched late, so that counting does not wait for the device."""
+
+    def __init__(self, costs: Mapping[str, Any] | None = None, patience: int = 64):
+        self._ledger, self._waiting, self._patience = Ledger(costs or {}), [], patience
+
+    def add(self, events: Any) -> None:
+        """Adds events, on the device still."""
+        self._waiting.append(events)
+        if len(self._waiting) >= self._patience:
+            self.settle()
+
+    def settle(self) -> Ledger:
+        """The ledger of all that was added."""
+        for events in jax.device_get(self._waiting):
+            self._ledger.record(events)
+        self._waiting = []
+        return self._ledger
+
+
+class Session:
+    """Drives `read` for one model.
+
+    Args:
+      model, variables: as stored (stacked, or separate already).
+
+    Attributes:
+      read: int64 [b], tokens of each row that the model has read; on the host.
+    """
+
+    def __init__(self, model: DecoderLM, variables: Variables):
+        self.model, self.variables = separate(model, variables)
+        self.read, self.slots, self.capacity = np.zeros(0, np.int64), 0, 0
+        self._reading: Any = None
+        self._last = np.zeros(0, np.int64)
+        self._prompts, self._steps = Account(), Account()
+        self._extend = jax.jit(self._extended, static_argnums=(4,), donate_argnums=(1,))
+        self._back = jax.jit(unread, donate_argnums=(0,))
+
+    @property
+    def ledger(self) -> Ledger:
+        """FLOPs since `open`, without the prompts'."""
+        return self._steps.settle()
+
+    @property
+    def prompt_ledger(self) -> Ledger:
+        """FLOPs of the prompts."""
+        return self._prompts.settle()
+
+    def open(self, prompts: Sequence[Sequence[int]], capacity: int) -> Float[Array, "b v"]:
+        """Starts afresh with ``prompts``, which may be empty; logits after each, float32.
+
+        Raises:
+          DyncompError: an id outside the vocabulary, or prompts that the cache or the model does not hold.
+        """
+        check_rows(self.model, len(prompts))
+        costs = self.model.cost((1, 1))
+        self._prompts, self._steps = Account(costs), Account(costs)
+        self.read, self._last = np.zeros((2, len(prompts)), np.int64)
+        self.slots, self.capacity = 0, capacity
+        self._reading = begin(self.model, len(prompts), capacity)
+        return self._forward(prompts, True, self._prompts)[:, 0]
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> Float[Array, "b t v"]:
+        """Reads some tokens of each row: logits after every one, float32; what pads short rows means nothing.
+
+        Raises:
+          DyncompError: see `open`.
+        """
+        return self._forward(tokens, False, self._steps)[:, : max(map(len, tokens))]
+
+    def step(self, tokens: Sequence[Sequence[int]]) -> Float[Array, "b v"]:
+        """Like `extend`, but only the logits after each row's last token."""
+        return self._forward(tokens, True, self._steps)[:, 0]
+
+    def take_back(self, tokens: Sequence[int]) -> None:
+        """Forgets so many of the newest tokens of each row, of those that the last call read.
+
+        Raises:
+          DyncompError: more than that.
+        """
+        drop = np.asarray(tokens, np.int64)
+        if np.any(drop < 0) or np.any(drop > self._last):
+            raise DyncompError(
+                f"take_back: {drop.tolist()} of {self._last.tolist()} tokens that the last call read"
+            )
+        start, before = self.slots - int(self._last.max()), self.read - self._last
+        kept = self._last - drop
+        asked = np.int32(start), before.astype(np.int32), kept.astype(np.int32)
+        self._reading = self._back(self._reading, *asked)
+        self.read, self.slots, self._last = before + kept, start + int(kept.max()), kept
+
+    def _forward(self, rows: Sequence[Sequence[int]], last: bool, account: Account) -> Array:
+        tokens, counts = pad_right(rows, self.model.vocab_size)
+        self._check(len(rows), tokens.shape[1], counts)
+        now = self.variables, self._reading, tokens, counts
+        logits, self._reading, events = self._extend(*now, last)
+        account.add(events)
+        self.read, self._last = self.read + counts, counts.astype(np.int64)
+        self.slots += int(counts.max())
+        return logits
+
+    def _check(self, rows: int, wide: int, counts: np.ndarray) -> None:
+        limit = self.model.max_length
+        if rows != len(self.read):
+            raise DyncompError(f"{rows} rows for a session of {len(self.read)}; open it first")
+        if self.slots + wide > self.capacity:
+            raise DyncompError(
+                f"{wide} slots on top of {self.slots} exceed a cache of {self.capacity}; raise capacity"
+            )
+        if limit is not None and np.max(self.read + counts) > limit:
+            raise DyncompError(f"the model reads at most {limit} tokens; cut the prompt")
+
+    def _extended(self, variables, reading: Reading, tokens, counts, last: bool) -> Any:
+        net = Net(self.model, variables)
+        x, after, events = read(net, reading, tokens, counts)
+        return net.classify(newest(x, counts) if last else x), after, events
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], vocab_size: int
+) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
+    """Token ids int32 in a compiled width, and how many are real.
+
+    Raises:
+      DyncompError: no row, or an id outside the vocabulary.
+    """
+    if not rows:
+        raise DyncompError("give at least one row of tokens")
+    counts = np.asarray([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), width(int(counts.max()))), np.int32)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(row)] = row
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise DyncompError(
+            f"token id {wrong} is not in a vocabulary of {vocab_size}; use the model's tokenizer"
+        )
+    return tokens, counts
