@@ -2,6 +2,8 @@
 
 from dyncomp.depth.early import drawn_exits, first_confident, max_probability, shuffled_exits
 from dyncomp.depth.keep import (
+    Layers,
+    Spacing,
     bottom,
     check_layers,
     evenly,
@@ -11,7 +13,14 @@ from dyncomp.depth.keep import (
     spread,
     top,
 )
-from dyncomp.depth.sorted_loss import check_depths, sorted_loss, sub_model_weights
+from dyncomp.depth.paths import path_similarity
+from dyncomp.depth.sorted_loss import (
+    SortedMode,
+    check_depths,
+    exit_logits,
+    sorted_loss,
+    sub_model_weights,
+)
 from dyncomp.depth.stopping import (
     CONTINUE,
     EXIT,
@@ -28,7 +37,10 @@ from dyncomp.depth.stopping import (
 __all__ = [
     "CONTINUE",
     "EXIT",
+    "Layers",
     "STOP",
+    "SortedMode",
+    "Spacing",
     "Walk",
     "bottom",
     "check_depths",
@@ -39,11 +51,13 @@ __all__ = [
     "decision_labels",
     "drawn_exits",
     "evenly",
+    "exit_logits",
     "first_confident",
     "layer_count",
     "layer_set",
     "max_probability",
     "mean_layers",
+    "path_similarity",
     "random_layers",
     "shuffled_exits",
     "sorted_loss",

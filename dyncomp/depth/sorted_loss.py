@@ -4,14 +4,14 @@ Sorted fine-tuning (arXiv 2309.08968, eq. 1) and SortedNet (arXiv 2309.00255). E
 n comes after block index n - 1; the last one is the whole model. Letters: ``x`` exits, the whole model included.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Float, Key
+from dyncomp.core.typing import Array, Float, Int, Key
 
 SortedMode = Literal["sum", "sample"]
 
@@ -69,3 +69,18 @@ def sorted_loss(
     counted = jnp.ones(flat.shape[1:], jnp.float32) if mask is None else mask.reshape(-1)
     means = jnp.sum(flat * counted[None], axis=1) / jnp.maximum(jnp.sum(counted), 1.0)
     return jnp.sum(weights * means)
+
+
+def exit_logits(output: Mapping[str, Any], exit: Int[Array, ""] | int) -> Float[Array, "b t v"]:
+    """Logits of one exit, float32, from the ``states`` [x b t d] and ``heads`` [d v] or [x d v] of `models.NestedLM`.
+
+    Raises:
+      DyncompError: the output is of another model.
+    """
+    if not isinstance(output, Mapping) or not {"states", "heads"} <= set(output):
+        raise DyncompError("exits are read from the output of models.NestedLM: make it the model")
+    state, heads = output["states"][exit], output["heads"]
+    head = heads if heads.ndim == 2 else heads[exit]
+    return jnp.einsum(
+        "btd,dv->btv", state, head.astype(state.dtype), preferred_element_type=jnp.float32
+    )

@@ -12,7 +12,10 @@ from dyncomp.models.layout import (
     unstack,
     with_layer_caches,
 )
+from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
+from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks
+from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
@@ -21,10 +24,15 @@ __all__ = [
     "ExitingClassifier",
     "Group",
     "GroupStack",
+    "NestedLM",
     "Norm",
+    "SkippingLM",
     "VisionTransformer",
     "apply",
+    "block_outputs",
+    "block_places",
     "is_stacked",
+    "join_blocks",
     "layer_caches",
     "stack",
     "unstack",

@@ -141,7 +141,9 @@ class GroupStack(nn.Module):
         if self.scanned:
             raise DyncompError("single blocks run on separate weights; set layers='unroll'")
         layer, block = divmod(index, len(self.group.blocks))
-        return self.layers[layer].block[block](x, *args, **kwargs)
+        call = lambda block, x, args: block(x, *args, **kwargs)
+        body = self._remat(call, prevent_cse=True)
+        return body(self.layers[layer].block[block], x, args)
 
     def below_like(self, batch: int, length: int) -> dict[str, Any]:
         """What the blocks hand up, as the first one sees it.

@@ -5,6 +5,7 @@ from dyncomp.tasks.code_lm import CodeLM, HubText, TextFiles
 from dyncomp.tasks.features import FeatureTask
 from dyncomp.tasks.images import Digits, FashionMNIST, HubImages
 from dyncomp.tasks.loader import Loader
+from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
 from dyncomp.tasks.token_classes import CLASSES, byte_classes, token_classes
 
@@ -19,6 +20,7 @@ __all__ = [
     "HubText",
     "LMObjective",
     "Loader",
+    "NestedObjective",
     "Source",
     "Task",
     "TextFiles",

@@ -18,7 +18,7 @@ from dyncomp.tasks import corpus
 from dyncomp.tasks.base import Split, Task, check_split
 from dyncomp.tasks.cache import cache_root, cached_folder, load_table, rows, save_table
 from dyncomp.tasks.hub import load_hub
-from dyncomp.tasks.objectives import LMObjective, token_nll
+from dyncomp.tasks.objectives import LMObjective, answer_of, at_answers, token_nll
 from dyncomp.tasks.tokens import BPETokenizer, ByteTokenizer, TokenizerKind
 
 FORMAT = 2
@@ -122,7 +122,9 @@ class TextTask(Task):
         return LMObjective()
 
     def metrics(self, output: Any, batch: Mapping[str, Any]) -> dict[str, Mean]:
-        """nll (nats a token), accuracy, and nats per byte as a ratio of sums."""
+        """nll (nats a token), accuracy, and bits per byte as a ratio of sums, at the positions that are answered."""
+        output = answer_of(output)
+        batch = at_answers(batch, output)
         nll = token_nll(output, batch["targets"])
         right = (jnp.argmax(output, axis=-1) == batch["targets"]).astype(jnp.float32)
         spent = Mean.of(nll, batch["mask"])

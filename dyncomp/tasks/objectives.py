@@ -78,6 +78,7 @@ class LMObjective:
       aux_reduce: average or sum a loss over layers (the sheets often do not say; default mean).
       budgets: auxiliary value -> (target, weight): adds weight * (mean over layers - target)^2, one budget for all
         layers together, so that layers may specialise.
+      final_weight: weight of the cross-entropy of ``final``, where a model gives its full depth beside what it emits.
       z_loss: weight of the mean squared log-partition of the output softmax (PaLM, Chowdhery et al. 2022, sec. 5:
         1e-4); 0 leaves it out.
     """
@@ -86,6 +87,7 @@ class LMObjective:
     aux_reduce: Reduce = "mean"
     budgets: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict, hash=False)
     z_loss: float = 0.0
+    final_weight: float = 0.0
 
     def __post_init__(self):
         check_reduce(self.aux_reduce)
@@ -93,9 +95,18 @@ class LMObjective:
             raise DyncompError(f"LMObjective.budgets[{wrong[0]!r}]: give (target, weight)")
 
     def __call__(
-        self, output: Float[Array, "b t v"], aux: Aux, batch: Mapping[str, Any], step: Any
+        self,
+        output: Float[Array, "b t v"] | Mapping[str, Any],
+        aux: Aux,
+        batch: Mapping[str, Any],
+        step: Any,
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
-        """Loss, and the metrics nll (nats a token), output_z if asked for, and every auxiliary loss."""
+        """Loss, and the metrics nll (nats a token), output_z if asked for, and every auxiliary loss.
+
+        A model may answer the last positions only (`at_answers`).
+        """
+        whole, output = output, answer_of(output)
+        batch = at_answers(batch, output)
         nll = Mean.of(token_nll(output, batch["targets"]), batch["mask"])
         extra, metrics = weighted_aux(aux, self.aux_weights, self.aux_reduce)
         extra = extra + budget_losses(aux, self.budgets)
@@ -104,12 +115,29 @@ class LMObjective:
             log_z = jax.nn.logsumexp(output.astype(jnp.float32), axis=-1)
             metrics["output_z"] = Mean.of(jnp.square(log_z), batch["mask"])
             loss = loss + self.z_loss * metrics["output_z"].total / jnp.maximum(nll.count, 1.0)
+        if self.final_weight:
+            final = token_nll(answer_of(whole, "final"), batch["targets"])
+            metrics["nll_final"] = Mean.of(final, batch["mask"])
+            share = metrics["nll_final"].total / jnp.maximum(nll.count, 1.0)
+            loss = loss + self.final_weight * share
         return loss, {"nll": nll, **metrics}
 
 
+def at_answers(batch: Mapping[str, Any], logits: Float[Array, "b t v"]) -> dict[str, Any]:
+    """``batch`` with targets, mask and bytes of the last positions, as many as there are logits.
+
+    So a model of prompts and responses answers its responses and is judged by those.
+    """
+    answered = logits.shape[1]
+    cut = {
+        name: batch[name][:, -answered:] for name in ("targets", "mask", "bytes") if name in batch
+    }
+    return {**batch, **cut}
+
+
 def answer_of(
-    output: Float[Array, "b c"] | Mapping[str, Any], which: Answer = "emitted"
-) -> Float[Array, "b c"]:
+    output: Float[Array, "b *t c"] | Mapping[str, Any], which: Answer = "emitted"
+) -> Float[Array, "b *t c"]:
     """The logits to judge: ``output`` itself, or entry ``which`` of a model that may leave early.
 
     ``emitted`` are the logits each example leaves with, ``final`` those after the last layer.
