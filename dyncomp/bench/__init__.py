@@ -22,6 +22,7 @@ BENCHES = {
     "kills": "a run killed a hundred times ends with the bits of an uninterrupted one",
     "exits": "the exit executor against the full network",
     "experts": "the mixture of experts against the dense unit of equal active width",
+    "generate": "decoding a language model against transformers and the memory's speed, and what skipping layers saves",
 }
 """Name -> what it measures; ``rows(quick: bool) -> list[dict]`` is in the module of that name."""
 

@@ -50,17 +50,19 @@ def _main(args: argparse.Namespace) -> None:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
     )
     loaded = pretrained.load(args.model, dtype=args.dtype)
-    if loaded.tokenizer is None:
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
         raise DyncompError(
             f"{args.model} has no tokenizer; put its tokenizer.json beside the weights"
         )
     texts = args.prompt or [sys.stdin.read()]
-    prompts = [loaded.tokenizer.encode(_framed(loaded.tokenizer, t, args.chat)) for t in texts]
+    prompts = [tokenizer.encode(_framed(tokenizer, t, args.chat)) for t in texts]
     generator = Generator(
         loaded.model, loaded.variables, _policy(args, loaded.model), sampler, loaded.eos_ids
     )
+    del loaded  # the generator has its own layout of the weights
     show = None if args.json or len(prompts) > 1 else _show
-    transcript = Transcript(loaded.tokenizer, len(prompts), args.stop, show)
+    transcript = Transcript(tokenizer, len(prompts), args.stop, show)
     begin = time.perf_counter()
     found = generator.generate(prompts, args.max_new, listener=transcript, seed=args.seed)
     seconds = time.perf_counter() - begin

@@ -1,6 +1,7 @@
 """A language model and its weights as pure functions of arrays, the way the decode loop wants them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import linen as nn
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int, Variables
+from dyncomp.decoding import packing
 from dyncomp.models import DecoderLM, is_stacked, unstack
 
 
@@ -18,11 +20,16 @@ class Net:
 
     Attributes:
       model: with ``layers="unroll"``.
-      variables: unstacked (`separate`).
+      variables: unstacked, and packed where that is faster (`separate`).
     """
 
     model: DecoderLM
     variables: Variables
+
+    @functools.cached_property
+    def _ready(self) -> Variables:
+        """As the model wants them."""
+        return {**self.variables, "params": packing.unpacked(self.variables["params"])}
 
     def hidden(
         self,
@@ -34,17 +41,17 @@ class Net:
     ) -> tuple[Float[Array, "b t d"], Any]:
         """The last block's output and all side results."""
         args = tokens, mask, positions, cache, False, capture
-        return self.model.apply(self.variables, *args, method="hidden")  # type: ignore[return-value]
+        return self.model.apply(self._ready, *args, method="hidden")  # type: ignore[return-value]
 
     def embed(
         self,
         tokens: Int[Array, "b t"],
-        positions: Int[Array, "b t"] | None = None,
-        vectors: Float[Array, "b t d"] | None = None,
+        positions: Int[Array, "#b t"] | None = None,
+        vectors: Float[Array, "#b t d"] | None = None,
     ) -> Float[Array, "b t d"]:
         """What the first block reads; ``vectors`` stand for tokens below 0 (`DecoderLM.embed`)."""
         args = tokens, positions, vectors
-        return self.model.apply(self.variables, *args, method="embed")  # type: ignore[return-value]
+        return self.model.apply(self._ready, *args, method="embed")  # type: ignore[return-value]
 
     def block(
         self,
@@ -57,13 +64,13 @@ class Net:
     ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
         """Block ``index`` alone: its output, its extended cache and its events."""
         args = index, x, positions, mask, cache, visible
-        out: Any = self.model.apply(self.variables, *args, method="run_block")
+        out: Any = self.model.apply(self._ready, *args, method="run_block")
         y, aux = out
         return y, aux.cache, aux.events
 
     def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Final norm and output projection: float32 logits."""
-        return self.model.apply(self.variables, x, method="classify")  # type: ignore[return-value]
+        return self.model.apply(self._ready, x, method="classify")  # type: ignore[return-value]
 
     @property
     def place(self) -> Callable[[int], tuple[str, str]]:
@@ -88,6 +95,8 @@ def separate(model: DecoderLM, variables: Variables) -> tuple[DecoderLM, Variabl
     own = nn.meta.unbox(variables)
     if is_stacked(own):
         own = jax.jit(unstack)(own)
+    if packing.worthwhile(own["params"]):
+        own = {**own, "params": jax.jit(packing.pack)(own["params"])}
     return model.clone(layers="unroll"), own
 
 

@@ -12,6 +12,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import constrain, param
 from dyncomp.core.typing import Array, Float
+from dyncomp_kernels.dense_matmul.api import dense_matmul
 
 Activation = Literal["gelu", "relu", "silu"]
 INIT = nn.initializers.lecun_normal()
@@ -52,8 +53,10 @@ class SwiGLU(nn.Module):
         gate = param(self, "gate", INIT, (d, f), ("embed", "mlp"), dtype).astype(x.dtype)
         up = param(self, "up", INIT, (d, f), ("embed", "mlp"), dtype).astype(x.dtype)
         down = param(self, "down", INIT, (f, d), ("mlp", "embed"), dtype).astype(x.dtype)
-        h = constrain(jax.nn.silu(x @ gate) * (x @ up), ("batch", "seq", "mlp"))
-        return h @ down, Aux(events=token_events(x, mask))
+        h = constrain(
+            jax.nn.silu(dense_matmul(x, gate)) * dense_matmul(x, up), ("batch", "seq", "mlp")
+        )
+        return dense_matmul(h, down), Aux(events=token_events(x, mask))
 
     def cost(self, d_model: int) -> dict[str, Cost]:
         """Price of one token: three matrix-vector products."""
@@ -91,8 +94,8 @@ class MLP(nn.Module):
         up_bias = param(self, "up_bias", zeros, (f,), ("mlp",), dtype).astype(x.dtype)
         down = param(self, "down", INIT, (f, d), ("mlp", "embed"), dtype).astype(x.dtype)
         down_bias = param(self, "down_bias", zeros, (d,), ("embed",), dtype).astype(x.dtype)
-        h = getattr(jax.nn, self.activation)(x @ up + up_bias[None, None])
-        y = constrain(h, ("batch", "seq", "mlp")) @ down + down_bias[None, None]
+        h = getattr(jax.nn, self.activation)(dense_matmul(x, up) + up_bias[None, None])
+        y = dense_matmul(constrain(h, ("batch", "seq", "mlp")), down) + down_bias[None, None]
         return y, Aux(events=token_events(x, mask))
 
     def cost(self, d_model: int) -> dict[str, Cost]:
