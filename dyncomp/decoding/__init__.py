@@ -1,7 +1,11 @@
 """The decode loop and what plugs into it."""
 
+from dyncomp.decoding.branches import read_branches
+from dyncomp.decoding.drafters import FirstLayers, OtherModel, SkipLayers
+from dyncomp.decoding.drafting import Drafter
 from dyncomp.decoding.entropy import entropy_bits
 from dyncomp.decoding.exiting import ExitEarly
+from dyncomp.decoding.fused import FusedGenerator, FusedTick
 from dyncomp.decoding.fusion import (
     FusionPlan,
     alpha_grid,
@@ -9,6 +13,7 @@ from dyncomp.decoding.fusion import (
     displacement,
     fuse,
     fused_logits,
+    fused_text_logits,
     kl_divergence,
     logit_shifts,
     mismatch,
@@ -17,9 +22,17 @@ from dyncomp.decoding.generated import Generated, Tick
 from dyncomp.decoding.generator import Generator
 from dyncomp.decoding.pending import ExitAndCatchUp
 from dyncomp.decoding.policies import FullDepth, KeepLayers, Policy, Step
+from dyncomp.decoding.prompt_training import (
+    chain_logits,
+    greedy_labels,
+    guess_accuracy,
+    guessing_loss,
+    read_text,
+)
+from dyncomp.decoding.reading import Reading, read, unread
 from dyncomp.decoding.rules import Confident, MappedHead, OwnHeads, SharedHead
 from dyncomp.decoding.sampling import Sampler, row_keys
-from dyncomp.decoding.session import Account, Reading, Session
+from dyncomp.decoding.session import Account, Session
 from dyncomp.decoding.speculation import (
     Acceptance,
     accept_greedy,
@@ -27,6 +40,8 @@ from dyncomp.decoding.speculation import (
     next_window,
     residual,
 )
+from dyncomp.decoding.speculative import Speculated, SpeculativeGenerator
+from dyncomp.decoding.switched import Switch, Switched, SwitchingGenerator
 from dyncomp.decoding.switching import (
     LARGE,
     SMALL,
@@ -49,8 +64,10 @@ from dyncomp.decoding.tree_accept import (
     longest_path,
     typical_matches,
 )
+from dyncomp.decoding.tree_decoding import TreeGenerator, TreeWritten
 from dyncomp.decoding.tree_states import TreeFamily, best_budget, best_family, tree_family
 from dyncomp.decoding.tree_tables import TreeTables, stack_tables, tree_tables
+from dyncomp.decoding.written import Written
 
 __all__ = [
     "LARGE",
@@ -59,15 +76,20 @@ __all__ = [
     "Account",
     "CandidateTree",
     "Confident",
+    "Drafter",
     "EntropySwitch",
     "ExitAndCatchUp",
     "ExitEarly",
+    "FirstLayers",
     "FullDepth",
+    "FusedGenerator",
+    "FusedTick",
     "FusionPlan",
     "Generated",
     "Generator",
     "KeepLayers",
     "MappedHead",
+    "OtherModel",
     "OwnHeads",
     "PeriodicSwitch",
     "Policy",
@@ -76,24 +98,38 @@ __all__ = [
     "Sampler",
     "Session",
     "SharedHead",
+    "SkipLayers",
+    "Speculated",
+    "SpeculativeGenerator",
     "Step",
+    "Switch",
     "SwitchState",
+    "Switched",
+    "SwitchingGenerator",
     "Tick",
     "TreeAcceptance",
     "TreeFamily",
+    "TreeGenerator",
     "TreeTables",
+    "TreeWritten",
+    "Written",
     "accept_greedy",
     "accept_sampled",
     "alpha_grid",
     "best_budget",
     "best_family",
     "candidate_tree",
+    "chain_logits",
     "choose_fusion",
     "displacement",
     "entropy_bits",
     "fuse",
     "fused_logits",
+    "fused_text_logits",
+    "greedy_labels",
     "greedy_matches",
+    "guess_accuracy",
+    "guessing_loss",
     "kl_divergence",
     "logit_shifts",
     "longest_path",
@@ -101,6 +137,9 @@ __all__ = [
     "next_window",
     "parameter_share",
     "random_tree",
+    "read",
+    "read_branches",
+    "read_text",
     "residual",
     "row_keys",
     "run_lengths",
@@ -112,4 +151,5 @@ __all__ = [
     "tree_family",
     "tree_tables",
     "typical_matches",
+    "unread",
 ]

@@ -6,7 +6,7 @@ a vocabulary. The fused model is softmax(large + sum_t alpha_t (expert_t - base)
 in log space, row by row: no row or step can influence another. Letters: ``e`` experts, ``c`` grid values.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -167,3 +167,22 @@ def fuse(
     """Logits of the fused model under a plan; -inf at tokens that are not allowed. Temperature comes after."""
     fused = fused_logits(large, logit_shifts(base, experts, allowed), plan.alphas(experts.shape[0]))
     return fused if allowed is None else jnp.where(allowed[None], fused, -jnp.inf)
+
+
+def fused_text_logits(
+    large: Float[Array, "b t v"],
+    base: Float[Array, "b t v"],
+    experts: Float[Array, "e b t v"],
+    grid: Float[Array, "c"],
+    *,
+    terms: Terms = "both",
+) -> tuple[Float[Array, "b t v"], Any]:
+    """What the fused model says at every position of a given text, and the `FusionPlan` of each (leaves [b t]).
+
+    Logits are of whole forward passes of the models on that text; every position chooses for itself.
+    """
+    b, t, v = large.shape
+    rows = large.reshape(b * t, v), base.reshape(b * t, v), experts.reshape(-1, b * t, v)
+    plan = choose_fusion(*rows, grid, terms=terms)
+    fused = fuse(*rows, plan).reshape(b, t, v)
+    return fused, jax.tree.map(lambda x: x.reshape(b, t), plan)

@@ -14,10 +14,10 @@ from dyncomp.decoding.batch import bucket, pad_left
 from dyncomp.decoding.generated import Generated, Tick, collect
 from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.policies import FullDepth, Policy
-from dyncomp.decoding.sampling import Sampler
+from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.models import DecoderLM
 
-FULL_DEPTH, GREEDY = FullDepth(), Sampler()
+FULL_DEPTH = FullDepth()
 
 
 @struct.dataclass

@@ -84,6 +84,10 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys, self.logits(logits)).astype(jnp.int32)
 
 
+GREEDY = Sampler()
+"""The most probable token."""
+
+
 def row_keys(key: Key[Array, ""] | Key[Array, "b"], rows: int) -> Key[Array, "b"]:
     """A key for each row: as given, or ``fold_in(key, i)`` for row i."""
     if key.ndim == 1:

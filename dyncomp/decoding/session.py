@@ -1,23 +1,17 @@
-"""One model reading along with a text: several tokens a call, and back again.
+"""One model reading along with a text, driven from the host."""
 
-What drivers of several models or several tokens a step are made of. `read` is the pure function that they compile into
-their own steps; `Session` drives it from the host, one program for each number of rows, of tokens and of slots.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from dyncomp.attention import KVCache, truncate
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Array, Float, Int, Variables
 from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.net import Net, separate
+from dyncomp.decoding.reading import Reading, begin, check_rows, newest, read, unread
 from dyncomp.models import DecoderLM
 
 WIDTHS = (1, 2, 4, 8)
@@ -27,87 +21,6 @@ WIDTHS = (1, 2, 4, 8)
 def width(tokens: int) -> int:
     """The smallest compiled width that holds ``tokens``."""
     return next((size for size in WIDTHS if tokens <= size), 0) or bucket(tokens)
-
-
-@struct.dataclass
-class Reading:
-    """How far a model has read; donated to the next step.
-
-    Attributes:
-      cache: of all that was read.
-      read: int32 [b], tokens of each row: the next one's position.
-    """
-
-    cache: Any
-    read: Int[Array, "b"]
-
-    @property
-    def slots(self) -> Int[Array, ""]:
-        """Slots of the cache in use, those that single rows waste included."""
-        return jax.tree.leaves(self.cache, is_leaf=_is_cache)[0].length
-
-
-def begin(model: DecoderLM, batch: int, capacity: int) -> Reading:
-    """Nothing read yet."""
-    return Reading(model.init_cache(batch, capacity), jnp.zeros((batch,), jnp.int32))
-
-
-def read(
-    net: Net, reading: Reading, tokens: Int[Array, "b t"], counts: Int[Array, "b"]
-) -> tuple[Float[Array, "b t d"], Reading, Any]:
-    """Reads on: the first ``counts`` tokens of each row; columns that no row uses leave no slot behind.
-
-    Returns:
-      the last block's output (of padding: anything), the reading after it, events.
-    """
-    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    mask = column < counts[:, None]
-    positions = reading.read[:, None] + jnp.clip(column, 0, jnp.maximum(counts - 1, 0)[:, None])
-    x, aux = net.hidden(tokens, positions, mask, reading.cache)
-    after = each_cache(lambda cache: truncate(cache, reading.slots + jnp.max(counts)), aux.cache)
-    return x, Reading(after, reading.read + counts), aux.events
-
-
-def unread(
-    reading: Reading, start: Int[Array, ""], before: Int[Array, "b"], kept: Int[Array, "b"]
-) -> Reading:
-    """Takes back all but the first ``kept`` tokens of what was read since there were ``start`` slots.
-
-    Every row must have filled its slots from ``start`` on without a gap; ``before`` is what had been read then.
-    """
-    return Reading(each_cache(lambda c: truncate(c, start + kept), reading.cache), before + kept)
-
-
-def check_rows(model: DecoderLM, rows: int) -> None:
-    """Refuses several rows for models that look back a number of slots: rows that differ in length waste some.
-
-    Raises:
-      DyncompError: names the fix.
-    """
-    windows = [
-        getattr(block(parent=None, dtypes=model.dtypes).mixer(parent=None), "window", None)
-        for group in model.groups
-        for block in group.blocks
-    ]
-    if rows > 1 and any(windows):
-        raise DyncompError(
-            f"a window of {max(filter(None, windows))} slots and {rows} rows of different lengths do not go"
-            " together; decode one sequence at a time"
-        )
-
-
-def each_cache(fn: Callable[[KVCache], KVCache], cache: Any) -> Any:
-    """``fn`` on every layer's cache."""
-    return jax.tree.map(fn, cache, is_leaf=_is_cache)
-
-
-def _is_cache(node: Any) -> bool:
-    return isinstance(node, KVCache)
-
-
-def newest(x: Float[Array, "b t d"], counts: Int[Array, "b"]) -> Float[Array, "b 1 d"]:
-    """Of each row, the output of its last real token (its first one where it has none)."""
-    return jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
 
 
 class Account:
@@ -131,7 +44,7 @@ class Account:
 
 
 class Session:
-    """Drives `read` for one model.
+    """Drives `reading.read` for one model: one program for each number of rows, of tokens and of slots.
 
     Args:
       model, variables: as stored (stacked, or separate already).

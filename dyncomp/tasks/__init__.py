@@ -4,6 +4,7 @@ from dyncomp.tasks.base import Source, Task
 from dyncomp.tasks.code_lm import CodeLM, HubText, TextFiles
 from dyncomp.tasks.features import FeatureTask
 from dyncomp.tasks.images import Digits, FashionMNIST, HubImages
+from dyncomp.tasks.library_text import LibraryText
 from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
@@ -19,6 +20,7 @@ __all__ = [
     "HubImages",
     "HubText",
     "LMObjective",
+    "LibraryText",
     "Loader",
     "NestedObjective",
     "Source",

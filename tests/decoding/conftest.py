@@ -21,3 +21,15 @@ def lm():
     model = DecoderLM(vocab_size=61, d_model=32, groups=[Group([block], 6)])
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     return model, variables, PROMPTS
+
+
+@pytest.fixture(scope="session")
+def make_lm(lm):
+    """``make(layers, seed, vocab_size)``: (model, variables) like ``lm``, of another depth."""
+
+    def make(layers, seed, vocab_size=61):
+        group = Group(lm[0].groups[0].blocks, layers)
+        model = lm[0].clone(groups=(group,), vocab_size=vocab_size)
+        return model, jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))
+
+    return make
