@@ -66,6 +66,7 @@ def _main(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     found = generator.generate(prompts, args.max_new, listener=transcript, seed=args.seed)
     seconds = time.perf_counter() - begin
+    transcript.finish()
     _report(args, texts, transcript.texts, found, generator, seconds)
 
 

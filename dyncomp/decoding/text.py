@@ -27,7 +27,8 @@ class TextStream:
     Attributes:
       tokenizer: decodes ids.
       stop: the first of these that appears ends the text, itself left out.
-      text: what is certain so far; a character whose bytes are not all there is not.
+      text: all of it so far, but for a character whose bytes are not all there.
+      stopped: a stop string has appeared.
     """
 
     tokenizer: Decodes
@@ -35,9 +36,10 @@ class TextStream:
     text: str = ""
     stopped: bool = False
     _ids: list[int] = dataclasses.field(default_factory=list)
+    _shown: int = 0
 
     def push(self, token: int) -> str:
-        """Adds a token and returns what that adds to the text; nothing after a stop string."""
+        """Adds a token; returns text that is new and certain: what may begin a stop string is held back."""
         if self.stopped:
             return ""
         self._ids.append(int(token))
@@ -46,9 +48,22 @@ class TextStream:
             return ""
         found = [at for at in map(whole.find, self.stop) if at >= 0]
         self.stopped = bool(found)
-        whole = whole[: min(found)] if found else whole
-        new, self.text = whole[len(self.text) :], whole
+        self.text = whole[: min(found)] if found else whole
+        return self._show(len(self.text) if found else len(whole) - self._begun(whole))
+
+    def finish(self) -> str:
+        """The text that was held back; no token comes any more."""
+        return self._show(len(self.text))
+
+    def _show(self, end: int) -> str:
+        new = self.text[self._shown : end]
+        self._shown = max(self._shown, end)
         return new
+
+    def _begun(self, text: str) -> int:
+        """Length of the longest end of ``text`` with which a stop string begins."""
+        sizes = (n for s in self.stop for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n]))
+        return max(sizes, default=0)
 
 
 class Transcript:
@@ -73,6 +88,13 @@ class Transcript:
                 if new and self.show:
                     self.show(row, new)
         return np.array([stream.stopped for stream in self.streams])
+
+    def finish(self) -> None:
+        """Shows what was held back."""
+        for row, stream in enumerate(self.streams):
+            rest = stream.finish()
+            if rest and self.show:
+                self.show(row, rest)
 
     @property
     def texts(self) -> list[str]:
