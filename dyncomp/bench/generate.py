@@ -97,16 +97,16 @@ def stepper(
     key, mask = jax.random.key(0), np.ones(tokens.shape, bool)
     given = generator.variables, tokens, mask, context, controls, key
     state = [generator._prefill(*given)[0]]
-    events: list[Any] = []
+    last: list[Any] = []
 
     def run() -> None:
         for _ in range(STEPS):
-            state[0], told, counted = generator._step(generator.variables, state[0], controls, key)
-        jax.block_until_ready(told)
-        events[:] = [jax.device_get(counted)]
+            given = generator.variables, state[0], controls, key
+            state[0], *last[:] = generator._step(*given)
+        jax.block_until_ready(last[0])
 
     def spent() -> dict[str, float]:
-        ledger = Ledger(generator.costs()).record(events[0])
+        ledger = Ledger(generator.costs()).record(jax.device_get(last[1]))
         return {name: ledger.total(name) for name in ("needed", "executed")}
 
     return run, generator, spent

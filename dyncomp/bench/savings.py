@@ -84,8 +84,10 @@ def measured(case: str, part: str, quick: bool) -> dict[str, Any]:
     x, hidden = layer.inputs(n, d), layer.HIDDEN * d // layer.WIDTH
     kind, _, tau = case.partition("/tau_")
     sides = _free(float(tau), x, hidden) if tau else _thin(kind, x, layer.K * hidden)
-    runs = (layer.runner(layer.outputs(s.unit), s.variables, x, part) for s in sides)
-    pairs = timing.interleaved(*runs, layer.QUICK_PAIRS if quick else layer.PAIRS)
+    run = lambda side: layer.runner(layer.outputs(side.unit), side.variables, x, part)
+    pairs = timing.interleaved(
+        run(sides[0]), run(sides[1]), layer.QUICK_PAIRS if quick else layer.PAIRS
+    )
     ours, peer = (side.flops(x) for side in sides)
     name = type(sides[1].unit).__name__
     return {"pairs": vars(pairs), **ours, "needed_peer": peer["needed"], "peer": name}

@@ -150,9 +150,11 @@ class _Walk:
             y, caches, events = self._run(span, x, caches, left)
             return y, caches, events, count(0)
         parts = x, caches, below
-        run = lambda x, caches, below: self._filled(
-            span, *self._run(span, x, caches, left), below, left
-        )  # noqa: E501
+
+        def run(x: Array, caches: list[Any], below: Any) -> Any:
+            y, caches, events = self._run(span, x, caches, left)
+            return y, self._filled(caches, below, left), events
+
         shapes = jax.eval_shape(lambda *given: run(*given)[2], *parts)
         skip = lambda x, caches, below: self._skip(span, x, caches, below, shapes)
         y, caches, events = lax.cond(jnp.all(left), skip, run, *parts)
@@ -171,14 +173,12 @@ class _Walk:
             own.append(after)
         return x, own, events
 
-    def _filled(
-        self, span: range, x: Array, caches: Any, events: Any, below: Any, left: Array
-    ) -> Any:
+    def _filled(self, caches: list[Any], below: Any, left: Array) -> list[Any]:
         """After a run: rows that had left before get copied keys and values where that is the policy."""
-        if self.policy.fill == "copy":
-            take = lambda cache, source: replace_newest(cache, source, left)
-            caches = [_each(take, cache, below) for cache in caches]
-        return x, caches, events
+        if self.policy.fill != "copy":
+            return caches
+        take = lambda cache, source: replace_newest(cache, source, left)
+        return [_each(take, cache, below) for cache in caches]
 
     def _skip(self, span: range, x: Array, caches: list[Any], below: Any, shapes: Any) -> Any:
         """Nothing runs but what fills the caches."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from dyncomp.core.errors import DyncompError
@@ -114,10 +115,11 @@ class Generator:
             self.variables, tokens, mask, capacity, controls, key
         )
         self.prompt_ledger.record(jax.device_get(events))
+        finished = np.zeros(len(prompts), bool)
         for turn in range(max_new):
             tick = Tick(**jax.device_get(told))
             yield tick
-            finished = tick.ended if turn == 0 else finished | tick.ended
+            finished |= tick.ended
             if turn == max_new - 1 or finished.all():
                 return
             decoding, told, events = self._step(self.variables, decoding, controls, key)

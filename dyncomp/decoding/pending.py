@@ -150,7 +150,9 @@ class _Walk:
             found += zip(span, events, strict=True)
             if segment < len(exits):
                 count_out = jnp.where(left, 0, outputs.count)
-                waiting[segment] = waiting[segment].append(outputs.replace(count=count_out), width)
+                waiting[segment] = waiting[segment].append(
+                    dataclasses.replace(outputs, count=count_out), width
+                )
             said = self._read(segment, newest.x, left)
             reads.append(count(jnp.where(left, 0, jnp.sum(self.mask)), jnp.where(left, 0, b)))
             logits = jnp.where(left, logits, said)
@@ -185,7 +187,7 @@ class _Walk:
             x, after, counted = self.net.block(index, x, rows.positions, real, cache)
             own.append(_ending(after, cache, rows.count))
             events.append(counted)
-        return rows.replace(x=x), own, events
+        return dataclasses.replace(rows, x=x), own, events
 
     def _catch_up(self, span: range) -> Any:
         """Runs all who wait, in the smallest width that holds them."""
@@ -193,11 +195,13 @@ class _Walk:
 
         def at(width: int) -> Any:
             def run(rows: Waiting, caches: list[Any]) -> Any:
-                short = rows.replace(**{n: getattr(rows, n)[:, :width] for n in FIELDS})
+                short = dataclasses.replace(
+                    rows, **{n: getattr(rows, n)[:, :width] for n in FIELDS}
+                )
                 outputs, caches, events = self._run(span, short, caches)
                 newest = lax.dynamic_slice_in_dim(outputs.x, rows.count - 1, 1, axis=1)
                 full = {n: _padded(getattr(outputs, n), window) for n in FIELDS}
-                return outputs.replace(**full), caches, events, _single(newest, self)
+                return dataclasses.replace(outputs, **full), caches, events, _single(newest, self)
 
             return run
 
@@ -214,7 +218,7 @@ class _Walk:
             shapes = jax.eval_shape(lambda *given: self._catch_up(span)(*given)[2], rows, caches)
             events = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             short = {n: getattr(rows, n)[:, : self.policy.window] for n in FIELDS}
-            return rows.replace(**short), caches, events, _single(rows.x[:, :1], self)
+            return dataclasses.replace(rows, **short), caches, events, _single(rows.x[:, :1], self)
 
         return skip
 
@@ -239,7 +243,7 @@ def _padded(x: Array, width: int) -> Array:
 
 
 def _cleared(rows: Waiting, done: Array) -> Waiting:
-    return rows.replace(count=jnp.where(done, 0, rows.count))
+    return dataclasses.replace(rows, count=jnp.where(done, 0, rows.count))
 
 
 def _ending(after: Any, before: Any, tokens: Array) -> Any:

@@ -47,7 +47,8 @@ class LadderBank:
                 continue
             size = group_sizes[index : index + 1]
             own = jnp.roll(rows, -starts[index], axis=0)
-            product = grouped_swiglu(own, *(w[None] for w in weights), size)
+            gate, up, down = (w[None] for w in weights)
+            product = grouped_swiglu(own, gate, up, down, size)
             out = out + jnp.roll(product, starts[index], axis=0)
         return out
 

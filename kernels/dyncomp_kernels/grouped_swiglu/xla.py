@@ -36,10 +36,8 @@ def forward(rows: Array, weights: Weights, group_sizes: Array) -> Array:
     return out
 
 
-def forward_and_kept(
-    rows: Array, weights: Weights, group_sizes: Array
-) -> tuple[Array, Array, Array]:
-    """`forward`, and the gate and up products [m f] of the rows in use."""
+def forward_and_kept(rows: Array, weights: Weights, group_sizes: Array) -> tuple[Array, ...]:
+    """Three arrays: `forward`, and the gate and up products [m f] of the rows in use."""
     return _forward(rows, weights, group_sizes, kept=True)
 
 
