@@ -9,11 +9,12 @@ from flax import linen as nn
 
 from dyncomp.core.aux import Aux, count
 from dyncomp.core.dtypes import DTypes
+from dyncomp.core.plans import ExitPlan
 from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Factory, Float, Int, check_factory
-from dyncomp.depth import check_depths
+from dyncomp.depth import check_depths, exit_logits, first_confident, max_probability
 from dyncomp.models.decoder_lm import DecoderLM
-from dyncomp.models.single_blocks import block_outputs
+from dyncomp.models.single_blocks import block_outputs, needed_until
 
 
 class NestedLM(nn.Module):
@@ -22,8 +23,13 @@ class NestedLM(nn.Module):
     One pass serves all. Logits of all exits together would be x times the model's: the output holds the normed states
     and the head instead, and `tasks.NestedObjective` makes the logits of one exit after another.
 
-    Parameters are the backbone's own, at the same paths; ``exit_heads`` only with ``own_heads``. Events: the
-    backbone's, and ``exits/tokens``, the heads of early exits, which run in training only.
+    Outside of training every token leaves at the first exit whose largest probability reaches its threshold (control
+    ``thresholds`` [y], 2 at first: nobody leaves), as if the blocks above it had run for the caches' sake all the same
+    (`decoding.ExitAndCatchUp` makes exactly these caches). Events then *need* the blocks up to the exit and the heads
+    that were asked; all are executed.
+
+    Parameters are the backbone's own, at the same paths; ``exit_heads`` only with ``own_heads``. Events: its own too,
+    and ``exits/tokens``, the heads of early exits. Blocks must be dense.
 
     Attributes:
       backbone: factory of a `DecoderLM`, scanned or not.
@@ -51,6 +57,8 @@ class NestedLM(nn.Module):
             shape = (len(self.depths) - 1, self.net.d_model, self.net.vocab_size)
             zeros, axes = nn.initializers.zeros_init(), ("exits", "embed", "vocab")
             self.exit_heads = param(self, "exit_heads", zeros, shape, axes, self.dtypes.param)
+        nobody = lambda: jnp.full((len(self.depths) - 1,), 2.0, jnp.float32)
+        self.thresholds = self.variable("controls", "thresholds", nobody)
 
     @property
     def dtypes(self) -> DTypes:
@@ -77,8 +85,9 @@ class NestedLM(nn.Module):
         """Runs all blocks once.
 
         Returns:
-          ``states`` [x b t d], what each exit's head reads; ``heads`` [d v], or [x d v] with ``own_heads``;
-          ``emitted`` [b t v], float32 logits of the whole model.
+          ``states`` [x b t d], what each exit's head reads; ``heads`` [d v], or [x d v] with ``own_heads``; float32
+          logits ``emitted`` [b t v], of the exit where each token leaves, and ``final``, of the whole model. With
+          ``capture=("plan",)`` plans hold the `ExitPlan` of all tokens ``exit``.
         """
         args = tokens, mask, positions, None, train, (*capture, "hidden")
         x, aux = self.net.hidden(*args)
@@ -86,12 +95,46 @@ class NestedLM(nn.Module):
         early = [outputs[depth - 1] for depth in self.depths[:-1]]
         early = [self.net.final_norm(y) for y in early] if self.norm_early else early
         states = jnp.stack([*early, self.net.final_norm(x)])
-        output = {"states": states, "heads": self._heads(), "emitted": self.net.classify(x)}
-        seen = aux.events["head"]["tokens"]
-        exits = count(seen.needed * len(early) * train, tokens.size * len(early) * train)
-        events = {**aux.events, "exits": {"tokens": exits}}
+        output = {"states": states, "heads": self._heads(), "final": self.net.classify(x)}
         plans = aux.plans if "hidden" in capture else _without_states(aux.plans)
-        return output, dataclasses.replace(aux, events=events, plans=plans)
+        if train:
+            events = self._events(aux.events, tokens, mask, None)
+            return {**output, "emitted": output["final"]}, dataclasses.replace(
+                aux, events=events, plans=plans
+            )
+        emitted, plan = self._decide(output)
+        events = self._events(aux.events, tokens, mask, plan.exit.reshape(tokens.shape))
+        plans = {**plans, "exit": plan} if "plan" in capture else plans
+        return {**output, "emitted": emitted}, dataclasses.replace(aux, events=events, plans=plans)
+
+    def _decide(self, output: dict[str, Array]) -> tuple[Float[Array, "b t v"], ExitPlan]:
+        """Where each token leaves, and with which logits."""
+        early = [exit_logits(output, index) for index in range(len(self.depths) - 1)]
+        read = [*early, output["final"]]
+        confidence = jnp.stack([max_probability(logits).reshape(-1) for logits in read])
+        plan = first_confident(confidence, self.thresholds.value)
+        left, emitted = plan.exit.reshape(read[0].shape[:2]), read[-1]
+        for index, logits in enumerate(early):
+            emitted = jnp.where((left == index)[..., None], logits, emitted)
+        return emitted, plan
+
+    def _events(
+        self, events: Any, tokens: Array, mask: Array | None, left: Int[Array, "b t"] | None
+    ) -> dict[str, Any]:
+        """What tokens that leave at ``left`` need; None in training, where all exits are read."""
+        real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        exits = len(self.depths) - 1
+        if left is None:
+            asked = exits * jnp.sum(real, dtype=jnp.int32)
+            return {**events, "exits": {"tokens": count(asked, exits * tokens.size)}}
+        asked = jnp.sum(jnp.where(real, jnp.minimum(left + 1, exits), 0), dtype=jnp.int32)
+        head = jnp.sum(real & (left == exits), dtype=jnp.int32)
+        ran = jnp.asarray(self.depths, jnp.int32)[left]
+        return {
+            **needed_until(self.net.groups, events, ran, real),
+            "exits": {"tokens": count(asked, exits * tokens.size)},
+            "head": {"tokens": count(head, tokens.size)},
+        }
 
     def _heads(self) -> Float[Array, "*x d v"]:
         """What turns states into logits."""

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyncomp.core.aux import Aux, nest
-from dyncomp.core.typing import Array, Float
+from dyncomp.attention.attention import PAIR_BLOCK
+from dyncomp.core.aux import Aux, Count, nest
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.typing import Array, Bool, Float, Int
 from dyncomp.models.group import Group
 
 
@@ -45,3 +47,50 @@ def block_outputs(groups: Sequence[Group], plans: Mapping[str, Any]) -> list[Flo
         own = [plans[f"group_{g}"][f"block_{j}"]["hidden"] for j in range(len(group.blocks))]
         outputs += [stacked[layer] for layer in range(group.repeat) for stacked in own]
     return outputs
+
+
+def needed_until(
+    groups: Sequence[Group],
+    events: Mapping[str, Any],
+    ran: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+) -> dict[str, Any]:
+    """Events of dense blocks that need only the tokens that run them; what was executed stays.
+
+    Args:
+      groups, events: of a whole pass without a cache.
+      ran: blocks that each token runs.
+      real: False for padding.
+
+    Raises:
+      DyncompError: an event whose need depends on more than which tokens run, or a window of attention.
+    """
+    places, seen = block_places(groups), jnp.cumsum(real, axis=1, dtype=jnp.int32)
+    found = {name: dict(value) for name, value in events.items()}
+    for group, block in dict.fromkeys(places):
+        layers = jnp.asarray([i for i, place in enumerate(places) if place == (group, block)])
+        runs = (ran[None] > layers[:, None, None]) & real[None]
+        pairs = jnp.sum(jnp.where(runs, seen[None], 0), axis=2)
+        blocks = jnp.sum(pairs // PAIR_BLOCK, axis=1)
+        tokens = jnp.sum(runs, axis=(1, 2), dtype=jnp.int32)
+        needed = {"tokens": tokens, "projections": tokens, "pair_blocks": blocks,
+                  "pairs": jnp.sum(pairs % PAIR_BLOCK, axis=1)}  # fmt: skip
+        found[group][block] = _replaced(found[group][block], needed)
+    if any(getattr(make(parent=None).mixer(parent=None), "window", None)
+           for group in groups for make in group.blocks):  # fmt: skip
+        raise DyncompError("exits of attention with a window have no exact price; leave window out")
+    return found
+
+
+def _replaced(events: Mapping[str, Any], needed: Mapping[str, Array]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in events.items():
+        if isinstance(value, Count):
+            if name not in needed:
+                raise DyncompError(
+                    f"exits price dense blocks only; event {name!r} has no fixed need"
+                )
+            out[name] = Count(needed[name].astype(jnp.int32), value.executed)
+        else:
+            out[name] = _replaced(value, needed)
+    return out

@@ -39,7 +39,7 @@ METRICS = {
     "step_ms": {"text": "milliseconds a decode step, batch 1, one thread"},
     "step_ms_8": {"text": "milliseconds a decode step, batch 8, one thread"},
 }
-BATCHES, PROMPT, NEW, REPEATS = 40, 64, 48, 7
+BATCHES, PROMPT, NEW, REPEATS = 30, 64, 48, 7
 SHORT = ["DEPTH=4", "D_MODEL=16", "HIDDEN=24", "BATCH=4", "PREFIX=8", "tasks.CodeLM.context=16"]
 QUICK = [*SHORT, "STEPS=3", "TUNE_STEPS=2"]
 
