@@ -24,18 +24,19 @@ class FusionPlan:
     """Which expert steers each row, and how strongly.
 
     Attributes:
-      expert: int32 [b].
+      expert: int32 [b], or any shape.
       alpha: float32 [b].
       mismatch: float32 [b], J at the choice.
     """
 
-    expert: Int[Array, "b"]
-    alpha: Float[Array, "b"]
-    mismatch: Float[Array, "b"]
+    expert: Int[Array, "*b"]
+    alpha: Float[Array, "*b"]
+    mismatch: Float[Array, "*b"]
 
-    def alphas(self, experts: int) -> Float[Array, "e b"]:
+    def alphas(self, experts: int) -> Float[Array, "e *b"]:
         """The weights of all experts, one non-zero a row."""
-        chosen = jnp.arange(experts)[:, None] == self.expert[None]
+        names = jnp.expand_dims(jnp.arange(experts), tuple(range(1, 1 + self.expert.ndim)))
+        chosen = names == self.expert[None]
         return jnp.where(chosen, self.alpha[None], 0.0)
 
 

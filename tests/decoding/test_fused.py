@@ -19,7 +19,7 @@ from dyncomp.decoding import (
 )
 
 NEW = 8
-GRID = alpha_grid()
+GRID = jnp.asarray(alpha_grid())
 
 
 @pytest.fixture(scope="module")
