@@ -41,7 +41,7 @@ from dyncomp.decoding.speculation import (
     residual,
 )
 from dyncomp.decoding.speculative import Speculated, SpeculativeGenerator
-from dyncomp.decoding.switched import Switch, Switched, SwitchingGenerator
+from dyncomp.decoding.switched import Switch, Switched, SwitchingGenerator, choose_on_text
 from dyncomp.decoding.switching import (
     LARGE,
     SMALL,
@@ -121,6 +121,7 @@ __all__ = [
     "candidate_tree",
     "chain_logits",
     "choose_fusion",
+    "choose_on_text",
     "displacement",
     "entropy_bits",
     "fuse",

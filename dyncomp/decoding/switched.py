@@ -19,7 +19,7 @@ from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.entropy import entropy_bits
 from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.decoding.session import WIDTHS, Session, width
-from dyncomp.decoding.switching import EntropySwitch, SwitchState
+from dyncomp.decoding.switching import LARGE, EntropySwitch, SwitchState
 from dyncomp.decoding.trace import parameter_share
 from dyncomp.decoding.written import Writer, Written, check_lengths, check_vocabularies
 from dyncomp.models import DecoderLM
@@ -161,3 +161,28 @@ class SwitchingGenerator:
         token = self.sampler(jax.random.fold_in(key, step), logits)
         state, model = self.switch.step(state, entropy, jnp.asarray(threshold))
         return state, (token, entropy, model)
+
+
+def choose_on_text(
+    switch: Switch,
+    small: Float[Array, "b t"],
+    large: Float[Array, "b t"],
+    threshold: Float[Array, ""],
+    key: Any = None,
+) -> Int[Array, "b t"]:
+    """Who would run each step of given texts: 0 the small, 1 the large model, int32.
+
+    Args:
+      small: entropies in bits of the small model after each prefix; the switch only ever sees those of who runs.
+      large: of the large model.
+      threshold: bits.
+      key: for switches that draw.
+    """
+
+    def step(state: SwitchState, entropies: Array) -> tuple[SwitchState, Array]:
+        now = state.model
+        seen = jnp.where(now == LARGE, entropies[1], entropies[0])
+        return switch.step(state, seen, threshold)[0], now
+
+    both = jnp.moveaxis(jnp.stack([small, large]), 2, 0)  # [t 2 b]
+    return jax.lax.scan(step, switch.init(small.shape[0], key), both)[1].T

@@ -15,6 +15,7 @@ from dyncomp.decoding import (
     PeriodicSwitch,
     RandomSwitch,
     SwitchingGenerator,
+    choose_on_text,
     switches,
     tokens_read,
 )
@@ -151,6 +152,17 @@ def test_a_prompt_of_one_token(large, small):
         net, variables = (small, large[:2])[model]
         text.append(int(models.apply(net, variables, jnp.asarray([text]))[0][0, -1].argmax()))
     assert one.tokens == text[1:]
+
+
+def test_choices_on_a_given_text():
+    """The sheet's trace; and what the model that does not run thinks is never looked at."""
+    switch = EntropySwitch(start="small")
+    entropy = np.float32([0.1] * 12 + [3.0] * 6 + [0.1] * 20)[None]
+    found = choose_on_text(switch, jnp.asarray(entropy), jnp.asarray(entropy), jnp.float32(1.0))
+    assert found[0].tolist() == [0] * 14 + [1] * 10 + [0] * 14
+    small, large = (np.where(found == model, entropy, np.float32(9.0)) for model in (0, 1))
+    again = choose_on_text(switch, jnp.asarray(small), jnp.asarray(large), jnp.float32(1.0))
+    np.testing.assert_array_equal(again, found)
 
 
 def test_bad_input(large, small, pair):
