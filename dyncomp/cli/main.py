@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args([a for a in rest if a != "--debug"])
     args.overrides = overrides
     quiet_tpu_compiler()
-    keep_freed_memory()
+    if argv is None:  # a process of its own
+        keep_freed_memory()
     try:
         return args.function(args) or 0
     except Preempted as stop:
