@@ -3,6 +3,7 @@
 Shapes and types of our packages are checked at run time: pyproject.toml sets ``--jaxtyping-packages``.
 """
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,7 +12,19 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax  # noqa: E402
+import psutil  # noqa: E402
 import pytest  # noqa: E402
+
+MOST_BYTES = 3 * 2**30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Drops compiled programs after a module of tests once the process has grown large; they are what it holds."""
+    yield
+    if psutil.Process().memory_info().rss > MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
@@ -73,3 +86,32 @@ def random_checkpoint():
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder with a Llama of four layers, random weights, and a tokenizer of bytes, as transformers would save it."""
+    import functools
+
+    import jax.numpy as jnp
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from dyncomp import pretrained
+    from dyncomp.attention import Attention
+    from dyncomp.experts import SwiGLU
+    from dyncomp.models import Block, DecoderLM, Group
+
+    mixer = functools.partial(Attention, heads=4, kv_heads=2)
+    block = functools.partial(Block, mixer=mixer, ffn=functools.partial(SwiGLU, hidden=48))
+    model = DecoderLM(vocab_size=260, d_model=32, groups=[Group([block], 4)], max_length=128)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
+    backend = Backend(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = pretrained.Tokenizer(backend, {"eos": "</s>"})
+    path = tmp_path_factory.mktemp("tiny")
+    pretrained.export(path, model, variables["params"], tokenizer)
+    return path

@@ -3,39 +3,14 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
-from dyncomp import pretrained
 from dyncomp.cli.main import main
 from dyncomp.decoding.text import TextStream
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A Llama of 61 tokens with random weights and a tokenizer of bytes."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-
-    from dyncomp.attention import Attention
-    from dyncomp.experts import SwiGLU
-    from dyncomp.models import Block, DecoderLM, Group
-
-    mixer = functools.partial(Attention, heads=4, kv_heads=2)
-    block = functools.partial(Block, mixer=mixer, ffn=functools.partial(SwiGLU, hidden=48))
-    model = DecoderLM(vocab_size=260, d_model=32, groups=[Group([block], 4)], max_length=128)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
-    backend = Backend(models.BPE(vocab, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = pretrained.Tokenizer(backend, {"eos": "</s>"})
-    path = tmp_path_factory.mktemp("tiny")
-    pretrained.export(path, model, variables["params"], tokenizer)
-    return str(path)
+@pytest.fixture
+def folder(tiny_model):
+    return str(tiny_model)
 
 
 def test_text_and_json_say_the_same(folder, capsys):
