@@ -133,7 +133,7 @@ class _Walk:
         edges, b = (0, *exits, net.model.depth), token.shape[0]
         left, stop = jnp.zeros((), bool), jnp.zeros((b,), bool)
         depth, found, reads = jnp.full((b,), net.model.depth, jnp.int32), [], []
-        x = net.embed(token)
+        x = net.embed(token, self.positions)
         now = Waiting(x, self.positions, self.mask, jnp.int32(1))
         logits = jnp.zeros((b, net.model.vocab_size), jnp.float32)
         for segment, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
