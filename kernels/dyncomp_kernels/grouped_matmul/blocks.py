@@ -44,7 +44,7 @@ class Sweep(NamedTuple):
 def block_sizes(rows: int, groups: int) -> tuple[int, ...]:
     """Static sizes, ascending: up to `STEPS` multiples of a quarter of an even group, until 1.5 even groups.
 
-    The step is a power of two between 16 and 64; a group wastes half a step in the mean, an eighth of its rows where it
+    The step is a power of two between 16 and 32; a group wastes half a step in the mean, an eighth of its rows where it
     is an even one, less where groups are large. More sizes cost compile time, and fewer, larger steps cost padding.
     """
     even = max(rows // groups, 1)
