@@ -10,7 +10,8 @@ from terminal import ONE, cli, spawn
 from dyncomp import config as configs
 
 COMMANDS = (
-    "list", "config show", "config check", "run", "eval", "generate", "reproduce", "sweep", "bench", "compile", "report",
+    "list", "config show", "config check", "run", "eval", "generate", "reproduce", "sweep", "bench", "compile",
+    "report",
 )  # fmt: skip
 CLAIMS = """
 [[claim]]
