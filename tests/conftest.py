@@ -28,6 +28,16 @@ def bounded_memory():
 
 
 @pytest.fixture
+def unchecked():
+    """Without the run-time type checks of the tests, which would speak first."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def strict():
     """No implicit dtype or rank promotion (optax steps can't run under it)."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

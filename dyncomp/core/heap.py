@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Asks the C library to serve large blocks from the heap and to keep them when they are freed.
 
     XLA allocates a program's temporaries at every call. Blocks above 32 MiB are mapped fresh each time by default, and
-    their first use costs a page fault every 4 KiB: a tenth to a third of the time of layers with large activations.
+    their first use costs a page fault every 4 KiB.
     The price is that a process holds on to the most it ever needed.
 
     Returns:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 
+from dyncomp.core.aux import Aux
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int, Variables
 from dyncomp.decoding import packing
-from dyncomp.models import DecoderLM, is_stacked, unstack
+from dyncomp.models import DecoderLM, is_stacked, join_blocks, unstack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +73,6 @@ class Net:
         """Final norm and output projection: float32 logits."""
         return self.model.apply(self._ready, x, method="classify")  # type: ignore[return-value]
 
-    @property
-    def place(self) -> Callable[[int], tuple[str, str]]:
-        """Of a block's index, the names of its events: group and block of the period."""
-        names = [
-            (f"group_{g}", f"block_{j}")
-            for g, group in enumerate(self.model.groups)
-            for _ in range(group.repeat)
-            for j in range(len(group.blocks))
-        ]
-        return names.__getitem__
-
 
 def separate(model: DecoderLM, variables: Variables) -> tuple[DecoderLM, Variables]:
     """The model with its layers unrolled, and its variables unstacked and without metadata, once.
@@ -102,9 +92,5 @@ def separate(model: DecoderLM, variables: Variables) -> tuple[DecoderLM, Variabl
 
 def gather_events(net: Net, found: Sequence[tuple[int, Any]]) -> dict[str, Any]:
     """Events of single blocks, ``(index, events)``, as the whole model would nest them."""
-    grouped: dict[str, dict[str, list[Any]]] = {}
-    for index, events in found:
-        group, block = net.place(index)
-        grouped.setdefault(group, {}).setdefault(block, []).append(events)
-    join = lambda parts: jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *parts)
-    return {g: {b: join(parts) for b, parts in blocks.items()} for g, blocks in grouped.items()}
+    parts = [(index, Aux(events=events)) for index, events in found]
+    return dict(join_blocks(net.model.groups, parts).events)

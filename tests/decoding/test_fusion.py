@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from scipy.optimize import brentq, minimize_scalar
@@ -33,14 +32,6 @@ move = jax.jit(jax.vmap(displacement, (None, None, 0)))
 @pytest.fixture(autouse=True)
 def strictly(strict):
     """No implicit promotion anywhere in this file."""
-
-
-@pytest.fixture
-def unchecked():
-    """Without the run-time type checks of the tests, which would speak first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def float32(values):

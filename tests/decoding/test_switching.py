@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,14 +31,6 @@ quick = settings(deadline=None, derandomize=True, max_examples=25)
 @pytest.fixture(autouse=True)
 def strictly(strict):
     """No implicit promotion anywhere in this file."""
-
-
-@pytest.fixture
-def unchecked():
-    """Without the run-time type checks of the tests, which would speak first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def float32(values):

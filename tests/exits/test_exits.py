@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.test_util import check_grads
@@ -38,14 +37,6 @@ def mass_brute_force(gates):
         for y in range(gates.shape[0]):
             out[y, b] = max(0.0, min(float(gates[y, b]), 1.0 - sum(map(float, gates[:y, b]))))
     return out
-
-
-@pytest.fixture
-def unchecked():
-    """Without the run-time type checks of the tests, which would speak first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # 1

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -43,14 +42,6 @@ def tokens():
 @functools.lru_cache
 def compiled(model):
     return jax.jit(functools.partial(models.apply, model))
-
-
-@pytest.fixture
-def unchecked():
-    """Without the run-time type checks of the tests, which would speak first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def skipping(**fields):

@@ -1,7 +1,7 @@
 """Rows times one matrix, in the form that each platform runs fast.
 
 Accelerators and float32 need no help. XLA's CPU compiler runs a bfloat16 product that gives bfloat16 by a plain loop,
-at a twentieth of the memory's speed. One that gives float32 goes to a library for two rows and more, and to a streaming
+at a fraction of the memory's speed. One that gives float32 goes to a library for two rows and more, and to a streaming
 loop for one row and weights that lie transposed in memory ([n k]). Rounding the float32 sums at the end is what the
 plain loop does, too. ``python -m dyncomp_kernels.dense_matmul.bench`` prints the rates.
 """
