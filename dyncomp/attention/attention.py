@@ -1,14 +1,14 @@
 """Grouped-query attention on the mixer seam."""
 
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.cache import FullCache, KVCache
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.sight import Sight
 from dyncomp.core.aux import Aux, Count, count
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
@@ -25,40 +25,8 @@ MAX_LENGTH = 46_340
 """Longest sequence whose pairs fit int32."""
 
 
-def attend(
-    q: Float[Array, "b t h p"],
-    k: Float[Array, "b s g p"],
-    v: Float[Array, "b s g p"],
-    allowed: Bool[Array, "#b t s"] | None,
-) -> Float[Array, "b t h p"]:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with shared key/value heads (Ainslie et al. 2023).
-
-    Head j reads key/value head ``j // (h / g)``. Scores and softmax are float32. A query that may see nothing gets
-    the mean of all values: finite, and never looked at.
-    """
-    b, t, h, p = q.shape
-    g = k.shape[2]
-    q = q.reshape(b, t, g, h // g, p)
-    scores = jnp.einsum("btgrp,bsgp->bgrts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(1.0 / math.sqrt(p))
-    if allowed is not None:
-        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bgrts,bsgp->btgrp", weights, v, preferred_element_type=jnp.float32)
-    return mixed.reshape(b, t, h, p).astype(q.dtype)
-
-
-def _hidden(visible: Bool[Array, "#b t w"], end: Array | int, slots: int) -> Bool[Array, "#b t s"]:
-    """Which slots ``visible``, of the newest w below ``end``, forbids."""
-    width = visible.shape[-1]
-    column = jnp.arange(slots, dtype=jnp.int32) - (end - width)
-    inside = (column >= 0) & (column < width)
-    told = jnp.take(visible, jnp.clip(column, 0, width - 1), axis=-1)
-    return inside[None, None] & ~told
-
-
-def pair_events(needed: Int[Array, "b"], executed: int) -> dict[str, Count]:
-    """Query-key pairs of each sequence as ``pair_blocks`` (of `PAIR_BLOCK`) and the remaining ``pairs``."""
+def pair_events(needed: Int[Array, "b"], executed: Array | int) -> dict[str, Count]:
+    """Query-key pairs of each sequence, and those computed for each, as ``pair_blocks`` (of `PAIR_BLOCK`) and the remaining ``pairs``."""
     blocks, rest = needed // PAIR_BLOCK, needed % PAIR_BLOCK
     b = needed.shape[0]
     return {
@@ -71,7 +39,8 @@ class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads, optional RoPE and a pluggable cache.
 
     Events: ``projections`` (per token), ``pair_blocks`` and ``pairs`` (query-key pairs over all heads; causal
-    attention needs the lower triangle among real tokens and executes the full square).
+    attention needs the lower triangle among real tokens and executes the full square, with a cache the blocks of it
+    that some query sees).
 
     Attributes:
       heads: query heads h.
@@ -159,14 +128,17 @@ class Attention(nn.Module):
             key_place = place if real is None else jnp.where(real, place, -1)
         else:
             cache, k, v, key_place = cache.policy.extend(cache, k, v, real)
-        allowed = self._allowed(place, key_place, everything=cache is None and real is None)
-        if visible is not None:
-            hidden = _hidden(visible, start + t, k.shape[1])
-            allowed = ~hidden if allowed is None else allowed & ~hidden
-        mixed = attend(q, k.astype(q.dtype), v.astype(q.dtype), allowed)
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        sight = Sight(place[0], key_place, visible, self.causal, self.window)
+        executed: Array | int = t * k.shape[1]
+        if cache is not None:
+            mixed, executed = attend_seen(q, k, v, sight)
+        else:
+            everything = real is None and visible is None and not self.causal
+            mixed = attend(q, k, v, None if everything else sight.all())
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
-        pairs = allowed if self.window is not None or visible is not None else None
-        return y, Aux(events=self._events(t, k.shape[1], real, earlier, pairs), cache=cache)
+        pairs = sight.all() if self.window is not None or visible is not None else None
+        return y, Aux(events=self._events(t, executed, real, earlier, pairs), cache=cache)
 
     def _placed(self, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
         """Queries and keys with their norms and their positions."""
@@ -184,17 +156,6 @@ class Attention(nn.Module):
         return rms_norm(
             x, param(self, name, ones, x.shape[-1:], ("head_dim",), dtype), eps=self.eps
         )
-
-    def _allowed(self, place: Array, key_place: Array, *, everything: bool) -> Array | None:
-        """Which keys each query sees, bool [#b t s]; None for all."""
-        if everything and not self.causal:
-            return None
-        seen = (key_place >= 0)[:, None, :]
-        if self.causal:
-            seen = seen & (key_place[:, None, :] <= place[:, :, None])
-        if self.window is not None:
-            seen = seen & (key_place[:, None, :] > place[:, :, None] - self.window)
-        return jnp.broadcast_to(seen, (key_place.shape[0], place.shape[1], key_place.shape[1]))
 
     def _project(self, x: Array, name: str, heads: int, p: int) -> Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
@@ -222,9 +183,14 @@ class Attention(nn.Module):
         return y
 
     def _events(
-        self, t: int, s: int, real: Array | None, earlier: Array, visible: Array | None
+        self,
+        t: int,
+        executed: Array | int,
+        real: Array | None,
+        earlier: Array,
+        visible: Array | None,
     ) -> dict[str, Count]:
-        """Counts of t new positions that look at s slots, of which ``earlier`` [b] held real tokens before.
+        """Counts of t new positions behind ``earlier`` [b] real tokens; ``executed`` pairs ran for each sequence.
 
         ``visible`` [b t s] is given where a closed form would not do: a tree, or a window, which counts padded slots.
         """
@@ -239,7 +205,7 @@ class Attention(nn.Module):
             needed = jnp.broadcast_to(jnp.sum(pairs, axis=(1, 2), dtype=jnp.int32), (b,))
         return {
             "projections": count(jnp.sum(tokens), b * t),
-            **pair_events(needed, t * s),
+            **pair_events(needed, executed),
         }
 
     def cost(self, d_model: int, length: int) -> dict[str, Cost]:

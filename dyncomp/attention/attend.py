@@ -1,0 +1,143 @@
+"""Scaled dot-product attention: the plain form, and the same over blocks of keys for long or partly filled caches."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dyncomp.attention.sight import Sight
+from dyncomp.core.typing import Array, Bool, Float, Int
+
+ROWS, KEYS = 256, 512
+"""Queries and slots of a block: its scores for nine heads stay within a core's cache."""
+
+LOWEST = jnp.finfo(jnp.float32).min
+
+
+def attend(
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b s g p"],
+    v: Float[Array, "b s g p"],
+    allowed: Bool[Array, "#b t s"] | None,
+) -> Float[Array, "b t h p"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with shared key/value heads (Ainslie et al. 2023).
+
+    Head j reads key/value head ``j // (h / g)``. Scores and softmax are float32. A query that may see nothing gets
+    the mean of all values: finite, and never looked at.
+    """
+    b, t, h, p = q.shape
+    g = k.shape[2]
+    q = q.reshape(b, t, g, h // g, p)
+    scores = jnp.einsum("btgrp,bsgp->bgrts", q, k, preferred_element_type=jnp.float32)
+    scores = scores * jnp.float32(1.0 / math.sqrt(p))
+    if allowed is not None:
+        scores = jnp.where(allowed[:, None, None], scores, LOWEST)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bgrts,bsgp->btgrp", weights, v, preferred_element_type=jnp.float32)
+    return mixed.reshape(b, t, h, p).astype(q.dtype)
+
+
+@jax.custom_vjp
+def attend_seen(
+    q: Float[Array, "b t h p"], k: Float[Array, "b s g p"], v: Float[Array, "b s g p"], sight: Sight
+) -> tuple[Float[Array, "b t h p"], Int[Array, ""]]:
+    """`attend` that reads only blocks of slots which some query of a block sees; no table of all scores exists.
+
+    The softmax is renormalised from block to block (Milakov & Gimelshein 2018; Dao et al. 2022). Gradients are those of
+    `attend` and cost its memory. Accelerators run a single query as one dense product, which is one kernel there.
+
+    Returns:
+      The mixed values (of a query that may see nothing: finite), and how many pairs of each sequence were computed.
+    """
+    # XLA's CPU compiler has no fast product of bfloat16 matrices with heads between their axes.
+    blocks = lambda dtype: functools.partial(_blocks, dtype=dtype)
+    default = _dense if q.shape[1] == 1 else blocks(q.dtype.name)
+    return lax.platform_dependent(q, k, v, sight, cpu=blocks("float32"), default=default)
+
+
+def _dense(q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
+    return attend(q, k, v, sight.all()), jnp.int32(q.shape[1] * k.shape[1])
+
+
+def _forward(q: Array, k: Array, v: Array, sight: Sight):
+    return attend_seen(q, k, v, sight), (q, k, v, sight)
+
+
+def _backward(saved, cotangents):
+    q, k, v, sight = saved
+    _, pull = jax.vjp(lambda *x: attend(*x, sight.all()), q, k, v)
+    return *pull(cotangents[0]), None
+
+
+attend_seen.defvjp(_forward, _backward)
+
+
+def _blocks(q: Array, k: Array, v: Array, sight: Sight, dtype: str) -> tuple[Array, Array]:
+    """All blocks of queries, one after another; ``dtype`` is what products multiply."""
+    b, t, h, p = q.shape
+    g, rows = k.shape[2], min(t, ROWS)
+    count = -(-t // rows)
+    scaled = (q.astype(jnp.float32) / math.sqrt(p)).astype(dtype)
+    # A last block that is not full starts earlier and repeats queries.
+    starts = jnp.minimum(jnp.arange(count, dtype=jnp.int32) * rows, t - rows)
+
+    def run(start: Array) -> tuple[Array, Array]:
+        own = lax.dynamic_slice_in_dim(scaled, start, rows, axis=1)
+        own = own.reshape(b, rows, g, h // g, p).transpose(0, 2, 3, 1, 4)
+        return _one_block(own.reshape(b, g, -1, p), k, v, sight, start, rows)
+
+    if count == 1:
+        mixed, pairs = run(jnp.int32(0))
+        return _rows_first(mixed, h, rows).astype(q.dtype), pairs
+    mixed, pairs = lax.map(run, starts)
+    parts = _rows_first(mixed, h, rows).astype(q.dtype)  # [x b rows h p]
+    joined = jnp.concatenate(
+        [
+            jnp.moveaxis(parts[:-1], 0, 1).reshape(b, -1, h, p),
+            parts[-1, :, (count * rows - t) :],
+        ],
+        axis=1,
+    )
+    return joined, jnp.sum(pairs, dtype=jnp.int32)
+
+
+def _rows_first(mixed: Float[Array, "*x b g n p"], h: int, rows: int) -> Float[Array, "*x b r h p"]:
+    p = mixed.shape[-1]
+    split = mixed.reshape(*mixed.shape[:-2], -1, rows, p)  # [... g h/g rows p]
+    return jnp.moveaxis(split, -2, -4).reshape(*mixed.shape[:-3], rows, h, p)
+
+
+def _one_block(
+    q: Float[Array, "b g n p"], k: Array, v: Array, sight: Sight, row: Array, rows: int
+) -> tuple[Float[Array, "b g n p"], Int[Array, ""]]:
+    """Mixed values, float32, of one block of queries (n: heads of a group by rows), and its pairs."""
+    slots = k.shape[1]
+    columns = min(slots, KEYS)
+    first, past = sight.reach(row, rows, columns)
+
+    def fold(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, mixed = state
+        begin = index * columns
+        start = jnp.minimum(begin, slots - columns)  # a last block that is not full starts earlier
+        keys, values = (
+            lax.dynamic_slice_in_dim(x, start, columns, axis=1).astype(q.dtype) for x in (k, v)
+        )
+        fresh = start + jnp.arange(columns, dtype=jnp.int32) >= begin
+        seen = sight.block(row, rows, start, columns) & fresh[None, None]
+        scores = jnp.einsum("bgnp,bsgp->bgns", q, keys, preferred_element_type=jnp.float32)
+        split = scores.reshape(*scores.shape[:2], -1, rows, columns)
+        scores = jnp.where(seen[:, None, None], split, LOWEST).reshape(scores.shape)
+        above = jnp.maximum(top, jnp.max(scores, axis=-1))
+        weights, shrink = jnp.exp(scores - above[..., None]), jnp.exp(top - above)
+        gained = jnp.einsum(
+            "bgns,bsgp->bgnp", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
+        )
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        return above, total, mixed * shrink[..., None] + gained
+
+    blank = jnp.zeros(q.shape, jnp.float32)
+    start = jnp.full(q.shape[:3], LOWEST), blank[..., 0], blank
+    _, total, mixed = lax.fori_loop(first, past, fold, start)
+    return mixed / total[..., None], (past - first) * (rows * columns)
