@@ -67,7 +67,7 @@ def _forward(q: Array, k: Array, v: Array, sight: Sight):
 
 def _backward(saved, cotangents):
     q, k, v, sight = saved
-    _, pull = jax.vjp(lambda *x: attend(*x, sight.all()), q, k, v)
+    _, pull = jax.vjp(lambda q, k, v: attend(q, k, v, sight.all()), q, k, v)
     return *pull(cotangents[0]), None
 
 

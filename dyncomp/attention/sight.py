@@ -52,7 +52,7 @@ class Sight:
     def reach(
         self, row: Array | int, rows: int, columns: int
     ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """First block of ``columns`` slots that some of ``rows`` queries from ``row`` on sees, and the one past the last.
+        """First block of ``columns`` slots that ``rows`` queries from ``row`` on see, and the one past the last.
 
         At least one block; there may be unseen ones between them.
         """

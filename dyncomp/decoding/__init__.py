@@ -30,7 +30,7 @@ from dyncomp.decoding.prompt_training import (
     read_text,
 )
 from dyncomp.decoding.reading import Reading, read, unread
-from dyncomp.decoding.rules import Confident, MappedHead, OwnHeads, SharedHead
+from dyncomp.decoding.rules import Confident, Controlled, MappedHead, OwnHeads, SharedHead
 from dyncomp.decoding.sampling import Sampler, row_keys
 from dyncomp.decoding.session import Account, Session
 from dyncomp.decoding.speculation import (
@@ -76,6 +76,7 @@ __all__ = [
     "Account",
     "CandidateTree",
     "Confident",
+    "Controlled",
     "Drafter",
     "EntropySwitch",
     "ExitAndCatchUp",

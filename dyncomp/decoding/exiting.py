@@ -21,12 +21,11 @@ from jax import lax
 from dyncomp.attention import KVCache, push_newest, replace_newest
 from dyncomp.core.aux import Count, count
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.ledger import Cost
 from dyncomp.core.typing import Array, Bool
 from dyncomp.decoding.net import Net, gather_events
 from dyncomp.decoding.policies import Plain, Step
 from dyncomp.decoding.rules import Confident, LeaveRule, Readout, SharedHead
-from dyncomp.models import layer_caches, with_layer_caches
+from dyncomp.models import kv_cost, layer_caches, with_layer_caches
 
 Fill = Literal["propagate", "copy"]
 
@@ -61,7 +60,11 @@ class ExitEarly(Plain):
 
     def cost(self, model: Any) -> dict[str, Any]:
         """Prices of an exit's head, and of the keys and values that a block makes without running."""
-        return {"exits": {"rows": self.readout.cost(model)}, "fill": {"rows": fill_cost(model)}}
+        return {
+            "exits": {"rows": self.readout.cost(model)},
+            "fill": {"rows": kv_cost(model)},
+            "rule": {"rows": self.rule.cost(model)},
+        }
 
     def step(self, net, token, positions, mask, cache, state, controls) -> Step:
         """Segment by segment, until all rows have left."""
@@ -75,13 +78,6 @@ def check_exits(exits: tuple[int, ...], depth: int) -> None:
         raise DyncompError(
             f"exits={exits}: give increasing numbers of blocks, from 1 to {depth - 1}"
         )
-
-
-def fill_cost(model: Any) -> Cost:
-    """Keys and values of one row in one block."""
-    mixer = model.groups[0].blocks[0](parent=None, dtypes=model.dtypes).mixer(parent=None)
-    _, kv_heads, head_dim = mixer.sizes(model.d_model)
-    return Cost(4 * model.d_model * kv_heads * head_dim)
 
 
 @dataclasses.dataclass
@@ -101,7 +97,7 @@ class _Walk:
         left, stop = ~self.mask[:, 0], jnp.zeros((b,), bool)
         logits = jnp.zeros((b, net.model.vocab_size), jnp.float32)
         ran = jnp.full((b,), depth, jnp.int32)
-        found, exits, fills = [], [], []
+        found, exits, fills, asked = [], [], [], []
         edges = (0, *policy.exits, depth)
         for segment, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
             span = range(first, last)
@@ -110,14 +106,12 @@ class _Walk:
             caches[first:last] = own
             found += zip(span, events, strict=True)
             fills.append(filled)
-            said = self._read(segment, x, left)
-            exits.append(count(jnp.sum(~left), jnp.where(jnp.all(left), 0, b)))
-            logits = jnp.where(left[:, None], logits, said)
-            if segment < len(policy.exits):
-                own_controls = jax.tree.map(lambda c, s=segment: c[s], self.controls)
-                leave, ends = policy.rule.leave(net, said, x, own_controls)
-                ran = jnp.where(~left & (leave | ends), last, ran)
-                stop, left = stop | (ends & ~left), left | leave | ends
+            said, leave, ends, reads = self._decide(segment, x, left)
+            asked.append(count(jnp.sum(~left), jnp.where(jnp.all(left), 0, b)))
+            exits.append(count(jnp.sum(reads), jnp.where(jnp.any(reads), b, 0)))
+            logits = jnp.where(reads[:, None], said, logits)
+            ran = jnp.where(~left & (leave | ends), last, ran)
+            stop, left = stop | (ends & ~left), left | leave | ends
         seen = count(jnp.sum(self.mask, dtype=jnp.int32), b)
         events = {
             "embed": {"tokens": seen},
@@ -125,20 +119,36 @@ class _Walk:
             "exits": {"rows": _total(exits[:-1])},
             "fill": {"rows": _total(fills)},
             "head": {"tokens": exits[-1]},
+            "rule": {"rows": _total(asked if not policy.rule.reads_logits else asked[:-1])},
         }
         return Step(logits, with_layer_caches(cache, caches), state, events, ran, stop)
 
-    def _read(self, segment: int, x: Array, left: Bool[Array, "b"]) -> Array:
-        """Logits after a segment; zeros, for nothing, when nobody is left to read them."""
+    def _decide(self, segment: int, x: Array, left: Bool[Array, "b"]) -> tuple[Array, ...]:
+        """After a segment: logits, who leaves, who ends, and whose logits were read (others' mean nothing)."""
+        rule, last = self.policy.rule, segment == len(self.policy.exits)
+        nobody = jnp.zeros_like(left)
+        if rule.reads_logits and last:
+            return self._read(segment, x, ~left), nobody, nobody, ~left
+        own = jax.tree.map(lambda c: c[segment], self.controls)
+        if rule.reads_logits:
+            said = self._read(segment, x, ~left)
+            return said, *rule.leave(self.net, said, x, own), ~left
+        leave, ends = rule.leave(self.net, None, x, own)
+        leave = ~ends if last else leave
+        reads = ~left & leave
+        return self._read(segment, x, reads), leave, ends, reads
+
+    def _read(self, segment: int, x: Array, reads: Bool[Array, "b"]) -> Array:
+        """Logits after a segment; zeros, for nothing, when nobody reads them."""
         net, last = self.net, segment == len(self.policy.exits)
 
         def say(x: Array) -> Array:
             return net.classify(x)[:, -1] if last else self.policy.readout.logits(net, segment, x)
 
-        if segment == 0:
+        if segment == 0 and self.policy.rule.reads_logits:
             return say(x)
         shape = (x.shape[0], net.model.vocab_size)
-        return lax.cond(jnp.all(left), lambda x: jnp.zeros(shape, jnp.float32), say, x)
+        return lax.cond(jnp.any(reads), say, lambda x: jnp.zeros(shape, jnp.float32), x)
 
     def _segment(self, span: range, x: Array, caches: list[Any], left: Array, below: Any) -> Any:
         """Runs the blocks of ``span`` unless all have left; rows that have left keep their state.

@@ -81,6 +81,10 @@ class ExitAndCatchUp(Plain):
         check_exits(self.exits, model.depth)
         if self.window < 2:
             raise DyncompError(f"ExitAndCatchUp.window={self.window}: let at least 2 tokens wait")
+        if not self.rule.reads_logits:
+            raise DyncompError(
+                f"ExitAndCatchUp asks its rule for logits only; use {type(self.rule).__name__} with ExitEarly"
+            )
 
     def controls(self) -> Any:
         """Nobody leaves."""

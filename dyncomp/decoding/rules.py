@@ -1,7 +1,7 @@
 """Where a decode step may end early: what an exit says, and who leaves there."""
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dyncomp.core.ledger import Cost
 from dyncomp.core.typing import Array, Bool, Float
 from dyncomp.decoding.net import Net
+from dyncomp.depth import EXIT, STOP, decision
 
 
 @runtime_checkable
@@ -74,22 +75,35 @@ class MappedHead:
 
 @runtime_checkable
 class LeaveRule(Protocol):
-    """Who leaves at an exit, and who ends there; ``controls`` are run-time arguments."""
+    """Who leaves at an exit, and who ends there; ``controls`` are run-time arguments.
+
+    Attributes:
+      reads_logits: whether it wants the exit's logits. One that does not is also asked after the last block (where only
+        ending means anything), and an exit's head then runs for the rows that leave there alone.
+    """
+
+    reads_logits: ClassVar[bool]
 
     def controls(self, exits: int) -> Any:
-        """Arguments with which nobody leaves early; leaves have a leading axis [y]."""
+        """Arguments with which nobody leaves early; leaves have a leading axis [y], or [x] if asked after the last."""
         ...
 
     def leave(
-        self, net: Net, logits: Float[Array, "b v"], x: Float[Array, "b 1 d"], controls: Any
+        self, net: Net, logits: Array | None, x: Float[Array, "b 1 d"], controls: Any
     ) -> tuple[Bool[Array, "b"], Bool[Array, "b"]]:
         """(rows that take this exit's token, rows that end without one), ``controls`` being the exit's."""
+        ...
+
+    def cost(self, model: Any) -> Cost:
+        """Price of asking for one row."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Confident:
     """Leaves where the highest probability reaches the exit's threshold (Sorted LLaMA, arXiv 2309.08968)."""
+
+    reads_logits: ClassVar[bool] = True
 
     def controls(self, exits: int) -> Float[Array, "y"]:
         """Thresholds above 1."""
@@ -99,3 +113,33 @@ class Confident:
         """max softmax >= threshold."""
         best = jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1)
         return best >= controls, jnp.zeros(best.shape, bool)
+
+    def cost(self, model: Any) -> Cost:
+        """The logits are there."""
+        return Cost(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Controlled:
+    """Leaves or ends as a trained controller says (arXiv 2401.09964); see `dyncomp.depth.decision`.
+
+    Weights: ``exits/controller`` [d 3], of `models.StoppingLM`. Controls: ``exit`` and ``stop``, thresholds of each
+    exit, the last one included; 1 never happens, 0 lets the argmax decide.
+    """
+
+    reads_logits: ClassVar[bool] = False
+
+    def controls(self, exits: int) -> dict[str, Float[Array, "x"]]:
+        """Thresholds of 1."""
+        return {name: jnp.ones((exits + 1,), jnp.float32) for name in ("exit", "stop")}
+
+    def leave(self, net, logits, x, controls):
+        """Rows whose decision is to exit, and to stop."""
+        weights = net.variables["exits"]["controller"].astype(x.dtype)
+        said = jnp.einsum("bd,dc->bc", x[:, -1], weights, preferred_element_type=jnp.float32)
+        found = decision(said, controls["exit"], controls["stop"])
+        return found == EXIT, found == STOP
+
+    def cost(self, model: Any) -> Cost:
+        """A map d -> 3."""
+        return Cost(2 * 3 * model.d_model)

@@ -14,8 +14,9 @@ from dyncomp.models.layout import (
 )
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
-from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks
+from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
+from dyncomp.models.stopping import StoppingLM
 from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
@@ -27,12 +28,14 @@ __all__ = [
     "NestedLM",
     "Norm",
     "SkippingLM",
+    "StoppingLM",
     "VisionTransformer",
     "apply",
     "block_outputs",
     "block_places",
     "is_stacked",
     "join_blocks",
+    "kv_cost",
     "layer_caches",
     "stack",
     "unstack",

@@ -89,14 +89,8 @@ class NestedLM(nn.Module):
           logits ``emitted`` [b t v], of the exit where each token leaves, and ``final``, of the whole model. With
           ``capture=("plan",)`` plans hold the `ExitPlan` of all tokens ``exit``.
         """
-        args = tokens, mask, positions, None, train, (*capture, "hidden")
-        x, aux = self.net.hidden(*args)
-        outputs = block_outputs(self.net.groups, aux.plans)
-        early = [outputs[depth - 1] for depth in self.depths[:-1]]
-        early = [self.net.final_norm(y) for y in early] if self.norm_early else early
-        states = jnp.stack([*early, self.net.final_norm(x)])
-        output = {"states": states, "heads": self._heads(), "final": self.net.classify(x)}
-        plans = aux.plans if "hidden" in capture else _without_states(aux.plans)
+        output, _, aux = self.read(tokens, mask, positions, train, capture)
+        plans = aux.plans
         if train:
             events = self._events(aux.events, tokens, mask, None)
             return {**output, "emitted": output["final"]}, dataclasses.replace(
@@ -106,6 +100,25 @@ class NestedLM(nn.Module):
         events = self._events(aux.events, tokens, mask, plan.exit.reshape(tokens.shape))
         plans = {**plans, "exit": plan} if "plan" in capture else plans
         return {**output, "emitted": emitted}, dataclasses.replace(aux, events=events, plans=plans)
+
+    def read(
+        self,
+        tokens: Int[Array, "b t"],
+        mask: Array | None = None,
+        positions: Int[Array, "#b t"] | None = None,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[dict[str, Array], Float[Array, "x b t d"], Aux]:
+        """``states``, ``heads`` and ``final`` of all exits, their blocks' outputs as they are, and side results."""
+        args = tokens, mask, positions, None, train, (*capture, "hidden")
+        x, aux = self.net.hidden(*args)
+        outputs = block_outputs(self.net.groups, aux.plans)
+        raw = [*(outputs[depth - 1] for depth in self.depths[:-1]), x]
+        early = [self.net.final_norm(y) for y in raw[:-1]] if self.norm_early else raw[:-1]
+        states = jnp.stack([*early, self.net.final_norm(x)])
+        output = {"states": states, "heads": self._heads(), "final": self.net.classify(x)}
+        plans = aux.plans if "hidden" in capture else _without_states(aux.plans)
+        return output, jnp.stack(raw), dataclasses.replace(aux, plans=plans)
 
     def _decide(self, output: dict[str, Array]) -> tuple[Float[Array, "b t v"], ExitPlan]:
         """Where each token leaves, and with which logits."""

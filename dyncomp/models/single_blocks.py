@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dyncomp.attention.attention import PAIR_BLOCK
 from dyncomp.core.aux import Aux, Count, nest
 from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
 from dyncomp.core.typing import Array, Bool, Float, Int
 from dyncomp.models.group import Group
 
@@ -47,6 +48,13 @@ def block_outputs(groups: Sequence[Group], plans: Mapping[str, Any]) -> list[Flo
         own = [plans[f"group_{g}"][f"block_{j}"]["hidden"] for j in range(len(group.blocks))]
         outputs += [stacked[layer] for layer in range(group.repeat) for stacked in own]
     return outputs
+
+
+def kv_cost(model: Any) -> Cost:
+    """Price of one row's keys and values in one block of a `DecoderLM`, the block not run."""
+    mixer = model.groups[0].blocks[0](parent=None, dtypes=model.dtypes).mixer(parent=None)
+    _, kv_heads, head_dim = mixer.sizes(model.d_model)
+    return Cost(4 * model.d_model * kv_heads * head_dim)
 
 
 def needed_until(

@@ -8,6 +8,7 @@ from dyncomp.tasks.library_text import LibraryText
 from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
+from dyncomp.tasks.stopping import StoppingObjective, exits_right
 from dyncomp.tasks.token_classes import CLASSES, byte_classes, token_classes
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "Loader",
     "NestedObjective",
     "Source",
+    "StoppingObjective",
     "Task",
     "TextFiles",
     "byte_classes",
+    "exits_right",
     "token_classes",
 ]
