@@ -26,7 +26,7 @@ MAX_LENGTH = 46_340
 
 
 def pair_events(needed: Int[Array, "b"], executed: Array | int) -> dict[str, Count]:
-    """Query-key pairs of a sequence, and those computed, as ``pair_blocks`` (of `PAIR_BLOCK`) and the rest, ``pairs``."""
+    """Query-key pairs of a sequence, and those computed: ``pair_blocks`` of `PAIR_BLOCK` and the rest, ``pairs``."""
     blocks, rest = needed // PAIR_BLOCK, needed % PAIR_BLOCK
     b = needed.shape[0]
     return {

@@ -50,5 +50,5 @@ def chosen(shown: list[dict[str, Any]], path: Path) -> None:
         share = np.mean([one[domain]["histogram"] for one in shown], axis=0)
         axes.plot(alpha_grid(), share, "o-", label=name)
     axes.set(xlabel="alpha", ylabel="share of positions")
-    axes.legend()
+    axes.legend(loc="upper left")
     drawing.save(figure, path)
