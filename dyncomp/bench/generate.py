@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyncomp.bench import fresh, generate_peer, timing
+from dyncomp.bench import fresh, generate_peer, generate_switch, timing
 from dyncomp.core.ledger import Ledger
 from dyncomp.decoding import ExitEarly, FullDepth, Generator, KeepLayers
 from dyncomp.depth import evenly
@@ -34,10 +34,14 @@ REALISED = "(seconds full depth / seconds) / (FLOPs full depth / FLOPs needed), 
 def rows(quick: bool) -> list[dict[str, Any]]:
     """Rows of the roofline and of what is saved; with the peers, of decode and prefill against transformers."""
     if quick:
-        return [_bound("float32", 1, 32, quick), _saved("skip_2x", quick)]
+        return [
+            _bound("float32", 1, 32, quick),
+            _saved("skip_2x", quick),
+            generate_switch.row(quick),
+        ]
     found = [_bound("float32", b, s, quick) for b, s in CASES]
     found += [_bound("bfloat16", *CASES[0], quick)]
-    found += [_saved(case, quick) for case in SAVINGS]
+    found += [*(_saved(case, quick) for case in SAVINGS), generate_switch.row(quick)]
     if not generate_peer.available():
         return found
     found += [_against("float32", b, s) for b, s in CASES] + [_against("bfloat16", *CASES[0])]
