@@ -1,6 +1,7 @@
 """`load`: a published language model as a backbone, its parameters and its tokenizer."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,19 @@ class Loaded:
     Attributes:
       model: the backbone; apply it with ``models.apply(model, variables, tokens)``.
       variables: ``{"params": ...}``, layers stacked.
-      tokenizer: None where the source has none.
+      folder: what it was read from.
       eos_ids: tokens that end a generation.
     """
 
     model: DecoderLM
     variables: Mapping[str, Any]
-    tokenizer: Tokenizer | None
+    folder: Path
     eos_ids: tuple[int, ...]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Read when first asked for (it can be a sixth of a small model's size); None where the source has none."""
+        return load_tokenizer(self.folder)
 
 
 def load(
@@ -65,18 +71,16 @@ def load(
     architecture = architectures.find(fields)
     model = architecture.read(fields).model(layers, dtype)
     tree = params.read(model, architecture, Weights(folder), mesh)
-    tokenizer = load_tokenizer(folder)
-    return Loaded(model, {"params": tree}, tokenizer, _eos_ids(folder, values, tokenizer))
+    return Loaded(model, {"params": tree}, folder, _eos_ids(folder, values))
 
 
-def _eos_ids(
-    folder: Path, values: Mapping[str, Any], tokenizer: Tokenizer | None
-) -> tuple[int, ...]:
+def _eos_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
     """From generation_config.json, else config.json, else the tokenizer."""
     for said in (read_json(folder / "generation_config.json"), values):
         found = said.get("eos_token_id")
         found = found if isinstance(found, list) else [found]
         if found and all(type(i) is int for i in found):
             return tuple(found)
+    tokenizer = load_tokenizer(folder)
     eos = tokenizer.eos_id if tokenizer else None
     return () if eos is None else (eos,)
