@@ -229,7 +229,7 @@ def completions(seed: Seed, taus: dict[str, tuple[float, float]]) -> dict[str, d
         if name != "full":
             each = [jnp.full((len(DEPTHS),), tau) for tau in taus[name]]
             controls = dict(zip(("exit", "stop"), each, strict=True))
-        write = functools.partial(generator.generate, max_new=new, controls=controls, capacity=128)
+        write = functools.partial(generator.generate, max_new=new, controls=controls, capacity=256)
         write([prompts[0]])  # compiles
         flops, out, start = 0.0, [], time.perf_counter()
         for prompt in prompts:
