@@ -23,6 +23,7 @@ from dyncomp.decoding.generator import Generator
 from dyncomp.decoding.guess_training import (
     Learner,
     guessers_loss,
+    guessers_ranks,
     head_guesses,
     prompt_guesses,
     train_guessers,
@@ -149,6 +150,7 @@ __all__ = [
     "guess_accuracy",
     "guess_ranks",
     "guessers_loss",
+    "guessers_ranks",
     "guessing_loss",
     "head_guesses",
     "kl_divergence",

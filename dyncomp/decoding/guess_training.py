@@ -20,6 +20,7 @@ from dyncomp.core.typing import Array, Float, Int
 from dyncomp.decoding.net import Net
 from dyncomp.decoding.prompt_training import chain_logits, greedy_labels, guessing_loss, read_text
 from dyncomp.decoding.reading import Reading
+from dyncomp.decoding.tree_replay import guess_ranks
 
 
 @runtime_checkable
@@ -97,6 +98,23 @@ def guessers_loss(
         for name, guess in guessers.items()
     }
     return jnp.sum(jnp.stack(list(each.values()))), each
+
+
+def guessers_ranks(
+    net: Net,
+    guessers: Mapping[str, Guess],
+    params: Mapping[str, Any],
+    tokens: Int[Array, "b t"],
+    cuts: Int[Array, "b c"],
+) -> dict[str, Int[Array, "b c k"]]:
+    """Of each guesser, the rank of the model's own greedy continuation of each cut, 2 .. k + 1 tokens ahead."""
+    k = len(jax.tree.leaves(params)[0])
+    outputs, reading = read_text(net, tokens, cuts.shape[1] * k)
+    _, right = greedy_labels(net, reading, outputs, cuts, k)
+    text = reading, outputs, cuts
+    return {
+        name: guess_ranks(one(net, params[name], *text), right) for name, one in guessers.items()
+    }
 
 
 def train_guessers(

@@ -1,8 +1,9 @@
 """Parallel prompt decoding (arXiv 2405.18628) on a byte-level model of Python source.
 
-One frozen model a seed. Prompt tokens and heads learn side by side from its greedy continuations. All figures of trees
-are of text that the model writes greedily after held-out prompts: the ranks of the written bytes among the guesses at
-every position decide every pass of every tree (`decoding.replay`). Trees are built from texts of the calibration split.
+One frozen model a seed. Prompt tokens and heads learn side by side from its greedy continuations of given text, and
+accuracies are of such continuations. All figures of trees are of text that the model writes greedily after held-out
+prompts: the ranks of the written bytes among the guesses at every position decide every pass of every tree
+(`decoding.replay`). Trees are built from texts of the calibration split.
 """
 
 import time
@@ -22,6 +23,7 @@ from dyncomp.decoding import (
     best_budget,
     best_family,
     guess_ranks,
+    guessers_ranks,
     head_guesses,
     prompt_guesses,
     random_family,
@@ -42,7 +44,7 @@ from dyncomp.training.restore import load
 SLUG = "parallel_prompt_decoding"
 TITLE = "Parallel prompt decoding: trained prompt tokens guess ahead, a tree verifies in one pass"
 COMPUTE = "computed"
-K, BUDGET = 3, 30
+K, BUDGET = 3, 32
 BUDGETS = (4, 8, 16, BUDGET, 60)
 GUESSERS = ("trained", "random", "text", "heads")
 TREES = ("random_tree", "static", "released", "fastest")
@@ -58,16 +60,16 @@ METRICS = {
     "per_byte": {"text": "tokens computed for a written byte", "minimize": True},
     "saved": {"text": "share of greedy decoding's passes that is saved"},
     "predicted": {"text": "bytes a pass, as expected from calibration texts"},
-    "top1": {"text": "share of bytes that the best guess gets right"},
-    "top10": {"text": "share of bytes among the ten best guesses"},
+    "top1": {"text": "share of greedy continuations of given text that the best guess gets right"},
+    "top10": {"text": "share that the ten best guesses hold"},
     "unequal": {"text": "written bytes that differ from greedy decoding's", "minimize": True},
     "parameters": {"text": "parameters beside the model, relative to its own", "minimize": True},
     "byte_ms": {"text": "milliseconds a byte, batch 1, one thread, prompt included", "minimize": True},
     "speedup": {"text": "greedy passes' time over these passes', driver left out"},
     "budget": {"text": "candidates and prompt tokens of a pass, at most"},
 }  # fmt: skip
-TRAIN, BATCH, CUTS, LENGTH = 300, 8, 32, 128
-PROMPT, NEW, CALIBRATION, VALIDATION, DECODED, DRAWS = 64, 64, 64, 96, 8, 20
+TRAIN, BATCH, CUTS, LENGTH = 400, 8, 32, 128
+PROMPT, NEW, CALIBRATION, VALIDATION, DECODED, DRAWS = 64, 32, 128, 160, 8, 20
 QUICK = ["STEPS=4", "BATCH=2", "CONTEXT=24", "models.DecoderLM.d_model=32", "models.Group.repeat=1",
          "experts.SwiGLU.hidden=32"]  # fmt: skip
 GUESS = {"trained": prompt_guesses, "random": prompt_guesses, "text": prompt_guesses,
@@ -85,7 +87,10 @@ class Seed:
         train(self.run, workdir / "base", progress=False)
         self.variables = load(workdir / "base", self.run).variables
         self.net = Net(*separate(self.run.model, self.variables))
+        self.generator = Generator(self.run.model, self.variables)
         self.params, self.losses = self._guessers()
+        self._of_written, self._of_labels = jax.jit(self._written_ranks), jax.jit(self._label_ranks)
+        self.budgets = (BUDGETS[0], BUDGET) if quick else BUDGETS
 
     def _guessers(self) -> tuple[dict[str, Any], list[dict[str, float]]]:
         """Parameters of every guesser, and the losses of those that learn."""
@@ -114,34 +119,47 @@ class Seed:
         source = self.run.task.source(split)
         picked = np.linspace(0, len(source) - 1, 2 if self.quick else count).astype(int)
         prompts = source.batch(picked)["inputs"][:, :prompt].tolist()
-        generator, rows = Generator(self.run.model, self.variables), []
+        rows: list[list[int]] = []
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
-            made = generator.generate(some, new)
+            made = self.generator.generate(some, new)
             rows += [p + one.tokens for p, one in zip(some, made, strict=True)]
         return np.asarray(rows, np.int32)
 
     def ranks(self, texts: np.ndarray) -> dict[str, np.ndarray]:
         """Of every guesser, the ranks [s n k] of the bytes that were written after each position."""
-        prompt, batch = (8, 2) if self.quick else (PROMPT, 8)
-        cuts = np.arange(prompt - 1, texts.shape[1] - K - 1, dtype=np.int32)
+        prompt = 8 if self.quick else PROMPT
+        return self._in_batches(
+            self._of_written, texts, np.arange(prompt - 1, texts.shape[1] - K - 1)
+        )
 
-        @jax.jit
-        def call(variables, params, tokens):
-            net = Net(self.net.model, variables)
-            outputs, reading = read_text(net, tokens, len(cuts) * K)
-            right = tokens[:, cuts[:, None] + 2 + np.arange(K)]
-            at = jnp.broadcast_to(cuts, (len(tokens), len(cuts)))
-            return {
-                name: guess_ranks(GUESS[name](net, own, reading, outputs, at), right)
-                for name, own in params.items()
-            }
+    def accuracy(self) -> dict[str, np.ndarray]:
+        """Of every guesser, how often its r-th guess is right [k r] after cuts of validation text."""
+        source, length = self.run.task.source("validation"), 16 if self.quick else LENGTH
+        picked = np.linspace(0, len(source) - 1, 2 if self.quick else VALIDATION).astype(int)
+        texts = source.batch(picked)["inputs"][:, :length]
+        ranks = self._in_batches(self._of_labels, texts, np.arange(length // 4, length, 4))
+        return {name: rank_accuracy(found.reshape(-1, K)) for name, found in ranks.items()}
 
-        parts = [
-            jax.device_get(call(self.net.variables, self.params, texts[start : start + batch]))
-            for start in range(0, len(texts), batch)
-        ]
+    def _in_batches(self, call: Any, texts: np.ndarray, cuts: np.ndarray) -> dict[str, np.ndarray]:
+        parts, cuts = [], cuts.astype(np.int32)
+        for start in range(0, len(texts), BATCH):
+            some = texts[start : start + BATCH]
+            at = np.broadcast_to(cuts, (len(some), len(cuts)))
+            parts.append(jax.device_get(call(self.net.variables, self.params, some, at)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _written_ranks(self, variables: Any, params: Any, tokens: Any, cuts: Any) -> Any:
+        net = Net(self.net.model, variables)
+        outputs, reading = read_text(net, tokens, cuts.shape[1] * K)
+        right = tokens[:, cuts[0, :, None] + 2 + np.arange(K)]
+        text = reading, outputs, cuts
+        return {
+            name: guess_ranks(GUESS[name](net, own, *text), right) for name, own in params.items()
+        }
+
+    def _label_ranks(self, variables: Any, params: Any, tokens: Any, cuts: Any) -> Any:
+        return guessers_ranks(Net(self.net.model, variables), GUESS, params, tokens, cuts)
 
 
 def passes(family: TreeFamily, ranks: np.ndarray, width: int | None = None) -> dict[str, float]:
@@ -162,7 +180,10 @@ def of_heads(acc: np.ndarray, budget: int) -> tuple[TreeFamily, int]:
 
 
 def compare_trees(
-    acc: dict[str, np.ndarray], ranks: dict[str, np.ndarray], rng: np.random.Generator
+    acc: dict[str, np.ndarray],
+    ranks: dict[str, np.ndarray],
+    budgets: tuple[int, ...],
+    rng: np.random.Generator,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Arms of equal budget, and tokens by budget for the pictures."""
     found: dict[str, dict[str, float]] = {}
@@ -170,12 +191,12 @@ def compare_trees(
     sizes = [len(tree.paths) for tree in family.trees]
     prompts = ("trained", "random", "text")
     by_budget: dict[str, Any] = {
-        name: [passes(best_family(acc[name], n), ranks[name]) for n in BUDGETS] for name in prompts
+        name: [passes(best_family(acc[name], n), ranks[name]) for n in budgets] for name in prompts
     }
-    trees = [of_heads(acc["heads"], n) for n in BUDGETS]
+    trees = [of_heads(acc["heads"], n) for n in budgets]
     by_budget["heads"] = [passes(tree, ranks["heads"], width) for tree, width in trees]
     for name in GUESSERS:
-        found[name] = {**by_budget[name][BUDGETS.index(BUDGET)], "budget": BUDGET}
+        found[name] = {**by_budget[name][budgets.index(BUDGET)], "budget": BUDGET}
     draws = [random_family(rng, acc["trained"], sizes, BUDGET) for _ in range(DRAWS)]
     each = [passes(one, ranks["trained"]) for one in draws]
     found["random_tree"] = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
@@ -198,7 +219,7 @@ def latencies(seed: Seed) -> dict[int, float]:
     _, reading, _ = jax.jit(
         lambda v: read(Net(net.model, v), begin(net.model, 1, 256), tokens, count)
     )(net.variables)
-    for budget in (0, *BUDGETS):
+    for budget in (0, *seed.budgets):
         width = budget + 1 + K if budget else 1
 
         @jax.jit
@@ -226,7 +247,7 @@ def decoded(seed: Seed, texts: np.ndarray, family: TreeFamily) -> dict[str, dict
     new, found = wanted.shape[1], {}
     model = seed.run.model, seed.variables
     tree = TreeGenerator(*model, seed.params["trained"], family)
-    runs = {"greedy": Generator(*model), "trained": tree, "random": tree}
+    runs = {"greedy": seed.generator, "trained": tree, "random": tree}
     for name, generator in runs.items():
         if name == "random":
             tree.prompts = seed.params["random"]
@@ -247,11 +268,11 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
     ranks = made.ranks(texts)
     flat = lambda found: found.reshape(-1, K)
     acc = {name: rank_accuracy(flat(found)) for name, found in calibrated.items()}
-    results, shown = compare_trees(acc, ranks, np.random.default_rng(seed))
+    results, shown = compare_trees(acc, ranks, made.budgets, np.random.default_rng(seed))
     pass_ms = latencies(made)
-    curve = dict(zip(BUDGETS, shown["predicted"], strict=True))
-    budget = best_budget(curve, {n: pass_ms[n] for n in BUDGETS})
-    chosen = shown.pop("measured")[BUDGETS.index(budget)]
+    curve = dict(zip(made.budgets, shown["predicted"], strict=True))
+    budget = best_budget(curve, {n: pass_ms[n] for n in made.budgets})
+    chosen = shown.pop("measured")[made.budgets.index(budget)]
     speedup = chosen["tokens"] * pass_ms[0] / pass_ms[budget]
     results["fastest"] = {**chosen, "budget": budget, "speedup": speedup}
     results["greedy"] = {"tokens": 1.0, "accepted": 0.0, "computed": 1.0, "per_byte": 1.0,
@@ -263,12 +284,11 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
     for name in ("trained", "heads"):
         own = size(made.params[name]) / size(made.variables["params"])
         results[name]["parameters"] = own
-    for name in GUESSERS:
-        table = rank_accuracy(flat(ranks[name]))
+    for name, table in made.accuracy().items():
         for n, row in zip(DISTANCES, table, strict=True):
             results[f"{name}_{n}"] = {"top1": float(row[0]), "top10": float(row.sum())}
-    shown |= {"losses": made.losses, "budgets": [0, *BUDGETS],
-              "latencies": [pass_ms[n] for n in (0, *BUDGETS)],
+    shown |= {"losses": made.losses, "budgets": [0, *made.budgets],
+              "latencies": [pass_ms[n] for n in (0, *made.budgets)],
               **written_in_passes(texts, ranks["trained"], family, 8 if quick else PROMPT)}  # fmt: skip
     return {**results, "_figures": shown}
 

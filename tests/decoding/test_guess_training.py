@@ -14,9 +14,9 @@ from dyncomp.decoding import (
     TreeGenerator,
     best_family,
     chain_logits,
-    greedy_labels,
     guess_ranks,
     guessers_loss,
+    guessers_ranks,
     head_guesses,
     prompt_guesses,
     random_family,
@@ -71,24 +71,15 @@ def test_no_gradient_reaches_the_model(net, starts):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(own))
 
 
-def test_the_last_prompt_hears_its_own_term_only(net, starts, text):
-    """With decay 0 the last term weighs nothing: s_3 gets no gradient. With 0.8 it is 0.64 / 3 of its KL's."""
-    call = lambda prompts, decay: guessers_loss(
-        net, {"prompts": prompt_guesses}, {"prompts": prompts}, TEXT, CUTS, decay
-    )[0]
-    gradient = jax.jit(jax.grad(call), static_argnums=1)
-    zero, full = gradient(starts[0], 0.0), gradient(starts[0], 0.8)
-    assert np.all(np.any(np.asarray(zero) != 0, axis=1) == [True, False, False])
+def test_a_prompt_hears_its_own_term_and_later_ones(net, starts):
+    """With decay 0 only the first term weighs, and s_2 and s_3 come after what it depends on."""
 
-    def last(prompts):
-        """Mean KL of the third guess alone."""
-        outputs, reading = text
-        teacher, _ = greedy_labels(net, reading, outputs, CUTS, K)
-        p = jax.nn.log_softmax(teacher[:, :, 2])
-        q = jax.nn.log_softmax(chain_logits(net, reading, prompts, CUTS, 8)[:, :, 2])
-        return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+    def loss(prompts):
+        params = {"prompts": prompts}
+        return guessers_loss(net, {"prompts": prompt_guesses}, params, TEXT, CUTS, 0.0)[0]
 
-    np.testing.assert_allclose(full[2], 0.64 / 3 * jax.jit(jax.grad(last))(starts[0])[2], atol=1e-6)
+    gradient = jax.jit(jax.grad(loss))(starts[0])
+    assert np.any(gradient, axis=1).tolist() == [True, False, False]
 
 
 def test_heads_start_as_the_models_own_next_token(net, starts, text):
@@ -123,9 +114,9 @@ def test_training_beats_random_prompts_and_leaves_the_model_alone(net, starts):
 
     @jax.jit
     def top1(prompts):
-        outputs, reading = read_text(net, jnp.asarray(text), 48)
-        _, right = greedy_labels(net, reading, outputs, cuts, K)
-        return jnp.mean(jnp.argmax(chain_logits(net, reading, prompts, cuts, 16), axis=-1) == right)
+        guess, own = {"prompts": prompt_guesses}, {"prompts": prompts}
+        ranks = guessers_ranks(net, guess, own, jnp.asarray(text), cuts)
+        return jnp.mean(ranks["prompts"] == 0)
 
     assert top1(trained["prompts"]) > top1(starts[0]) + 0.1
 
