@@ -21,6 +21,7 @@ from dyncomp.decoding.net import Net
 from dyncomp.decoding.prompt_training import chain_logits, greedy_labels, guessing_loss, read_text
 from dyncomp.decoding.reading import Reading
 from dyncomp.decoding.tree_replay import guess_ranks
+from dyncomp.models import DecoderLM
 
 
 @runtime_checkable
@@ -148,23 +149,11 @@ def train_guessers(
     depths = {name: len(one.start) for name, one in learners.items()}
     if len(set(depths.values())) != 1:
         raise DyncompError(f"train_guessers: {depths} distances; give all learners as many")
-    guessers = {name: one.guess for name, one in learners.items()}
-    rules = {name: one.optimizer(steps) for name, one in learners.items()}
     params = {name: jnp.asarray(one.start) for name, one in learners.items()}
-    states = {name: rules[name].init(params[name]) for name in learners}
-
-    @jax.jit
-    def advance(variables, params, states, tokens, key):
-        at = jax.vmap(lambda key: jax.random.permutation(key, tokens.shape[1])[:cuts])
-        places = at(jax.random.split(key, len(tokens))).astype(jnp.int32)
-        loss = lambda own: guessers_loss(
-            Net(net.model, variables), guessers, own, tokens, places, decay
-        )
-        gradient, each = jax.grad(loss, has_aux=True)(params)
-        made = {n: rules[n].update(gradient[n], states[n], params[n]) for n in rules}
-        params = {n: optax.apply_updates(params[n], update) for n, (update, _) in made.items()}
-        return params, {n: state for n, (_, state) in made.items()}, each
-
+    rules = {name: one.optimizer(steps) for name, one in learners.items()}
+    states = {name: rule.init(params[name]) for name, rule in rules.items()}
+    guessers = {name: one.guess for name, one in learners.items()}
+    advance = _step(net.model, guessers, rules, cuts, decay)
     step, root = -1, jax.random.key(seed)
     for step, tokens in zip(range(steps), texts, strict=False):
         if tokens.shape[1] < cuts:
@@ -178,3 +167,25 @@ def train_guessers(
     if step + 1 < steps:
         raise DyncompError(f"train_guessers: {step + 1} batches of texts for {steps} steps")
     return params
+
+
+def _step(
+    model: DecoderLM,
+    guessers: Mapping[str, Guess],
+    rules: Mapping[str, optax.GradientTransformation],
+    cuts: int,
+    decay: float,
+) -> Callable[..., Any]:
+    """One compiled step on a batch of texts."""
+
+    def advance(variables, params, states, tokens, key):
+        at = jax.vmap(lambda key: jax.random.permutation(key, tokens.shape[1])[:cuts])
+        places = at(jax.random.split(key, len(tokens))).astype(jnp.int32)
+        net = Net(model, variables)
+        loss = lambda own: guessers_loss(net, guessers, own, tokens, places, decay)
+        gradient, each = jax.grad(loss, has_aux=True)(params)
+        made = {n: rule.update(gradient[n], states[n], params[n]) for n, rule in rules.items()}
+        params = {n: optax.apply_updates(params[n], update) for n, (update, _) in made.items()}
+        return params, {n: state for n, (_, state) in made.items()}, each
+
+    return jax.jit(advance)
