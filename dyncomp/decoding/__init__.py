@@ -20,6 +20,14 @@ from dyncomp.decoding.fusion import (
 )
 from dyncomp.decoding.generated import Generated, Tick
 from dyncomp.decoding.generator import Generator
+from dyncomp.decoding.guess_training import (
+    Learner,
+    guessers_loss,
+    guessers_ranks,
+    head_guesses,
+    prompt_guesses,
+    train_guessers,
+)
 from dyncomp.decoding.pending import ExitAndCatchUp
 from dyncomp.decoding.policies import FullDepth, KeepLayers, Policy, Step
 from dyncomp.decoding.prompt_training import (
@@ -65,7 +73,15 @@ from dyncomp.decoding.tree_accept import (
     typical_matches,
 )
 from dyncomp.decoding.tree_decoding import TreeGenerator, TreeWritten
-from dyncomp.decoding.tree_states import TreeFamily, best_budget, best_family, tree_family
+from dyncomp.decoding.tree_replay import Replay, guess_ranks, rank_accuracy, replay
+from dyncomp.decoding.tree_states import (
+    TreeFamily,
+    best_budget,
+    best_family,
+    random_family,
+    static_family,
+    tree_family,
+)
 from dyncomp.decoding.tree_tables import TreeTables, stack_tables, tree_tables
 from dyncomp.decoding.written import Written
 
@@ -89,6 +105,7 @@ __all__ = [
     "Generated",
     "Generator",
     "KeepLayers",
+    "Learner",
     "MappedHead",
     "OtherModel",
     "OwnHeads",
@@ -96,6 +113,7 @@ __all__ = [
     "Policy",
     "RandomSwitch",
     "Reading",
+    "Replay",
     "Sampler",
     "Session",
     "SharedHead",
@@ -131,25 +149,35 @@ __all__ = [
     "greedy_labels",
     "greedy_matches",
     "guess_accuracy",
+    "guess_ranks",
+    "guessers_loss",
+    "guessers_ranks",
     "guessing_loss",
+    "head_guesses",
     "kl_divergence",
     "logit_shifts",
     "longest_path",
     "mismatch",
     "next_window",
     "parameter_share",
+    "prompt_guesses",
+    "random_family",
     "random_tree",
+    "rank_accuracy",
     "read",
     "read_branches",
     "read_text",
+    "replay",
     "residual",
     "row_keys",
     "run_lengths",
     "shuffled_runs",
     "spread_prompts",
     "stack_tables",
+    "static_family",
     "switches",
     "tokens_read",
+    "train_guessers",
     "tree_family",
     "tree_tables",
     "typical_matches",

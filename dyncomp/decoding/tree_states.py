@@ -12,7 +12,7 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Float, Int
-from dyncomp.decoding.tree import CandidateTree, candidate_tree, spread_prompts
+from dyncomp.decoding.tree import CandidateTree, candidate_tree, random_tree, spread_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,20 @@ def tree_family(acc: Float[np.ndarray, "k r"], sizes: Sequence[int], budget: int
         raise DyncompError(f"tree_family: {len(acc)} depths need as many sizes, got {len(sizes)}")
     trees = tuple(candidate_tree(acc, depth, size) for depth, size in enumerate(sizes, 1))
     return _spread(trees, budget)
+
+
+def random_family(
+    rng: np.random.Generator, acc: Float[np.ndarray, "k r"], sizes: Sequence[int], budget: int
+) -> TreeFamily:
+    """A control: `tree_family` with random trees of the same sizes, prompts spread by the same rule."""
+    trees = tuple(random_tree(rng, acc, depth, size) for depth, size in enumerate(sizes, 1))
+    return _spread(trees, budget)
+
+
+def static_family(acc: Float[np.ndarray, "k r"], size: int) -> TreeFamily:
+    """The same best tree of ``size`` candidates in every state, with k prompts after each: nothing is dynamic."""
+    k = len(acc)
+    return TreeFamily((candidate_tree(acc, k, size),) * k, (np.full(size, k, np.int64),) * k)
 
 
 def _spread(trees: tuple[CandidateTree, ...], budget: int) -> TreeFamily:

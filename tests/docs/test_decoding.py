@@ -1,8 +1,16 @@
-"""The example of docs/decoding.md runs."""
+"""The examples of docs/decoding.md run, one after the other."""
 
 
-def test_the_example_runs(document, tiny_model, capsys):
+def test_the_examples_run(document, tiny_model, capsys):
     _, blocks = document("docs/decoding.md")
-    (code,) = (body for language, _, body in blocks if language == "python")
-    exec(code.replace("path/or/hub-name", str(tiny_model)), {})
+    generate, trees = (body for language, _, body in blocks if language == "python")
+    names = {}
+    exec(generate.replace("path/or/hub-name", str(tiny_model)), names)
     assert int(capsys.readouterr().out.strip().splitlines()[-1]) > 0
+    exec(trees, names)
+    one = names["one"]
+    assert len(one.tokens) == 16 <= 1 + sum(one.accepted) + len(one.accepted)
+    alone = names["Generator"](names["loaded"].model, names["loaded"].variables)
+    assert (
+        one.tokens == alone.generate([names["loaded"].tokenizer.encode("def f(x):")], 16)[0].tokens
+    )
