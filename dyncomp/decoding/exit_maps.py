@@ -45,7 +45,7 @@ class ExitMaps:
 
     def variables(self, variables: Variables) -> Variables:
         """A model's variables with the maps where `rules.MappedHead` looks for them."""
-        return {**variables, "exits": {"maps": jnp.asarray(self.maps)}}
+        return {**variables, "exits": {"maps": self.maps}}
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, in one step: ``exits.N.map``, float32 [d d], for the exit after N blocks."""
@@ -72,7 +72,7 @@ class ExitMaps:
             )
         exits, raw = tuple(sorted(found)), Path(path).read_bytes()
         read = lambda t: np.frombuffer(raw[t.start : t.stop], "<f4").reshape(t.shape)
-        return cls(exits, np.stack([read(found[n]) for n in exits]))  # type: ignore[arg-type]
+        return cls(exits, jnp.asarray(np.stack([read(found[n]) for n in exits])))
 
 
 def _square(kind: tuple[str, tuple[int, ...]]) -> bool:

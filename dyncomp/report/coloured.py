@@ -80,7 +80,7 @@ def shares(values: Iterable[int | None], key: Key) -> list[float]:
 def terminal_text(pieces: Sequence[str], values: Sequence[int | None], key: Key) -> Any:
     """A `rich.text.Text`; printed where there are no colours, or NO_COLOR is set, it is the plain text.
 
-    rich shows tabs as spaces.
+    rich shows tabs as spaces. Terminals of 16 colours keep the text readable but not all shades apart.
 
     Args:
       pieces: one a token; empty ones (part of a character that a later token completes) show nothing.
