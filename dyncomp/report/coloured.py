@@ -12,7 +12,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.report.page import HEAD
 
 INK = "#14181d"
-SHADES = ("#fff3b0", "#bfe3a4", "#7fcfb4", "#6cb8dc", "#93a5ee")
+SHADES = ("#fff3b0", "#c3e88d", "#6fd6b8", "#74bdf0", "#c090ea")
 """From few to many; black on the darkest still has a contrast of 7 to 1."""
 HUES = ("#a8d3f7", "#ffc387", "#a6dfb5", "#f4b3cf", "#cdbdf2", "#e3d58c")
 STYLE = f"""
