@@ -46,9 +46,10 @@ def printed(text, monkeypatch, **options):
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in options.pop("env", {}).items():
         monkeypatch.setenv(name, value)
-    console = Console(file=io.StringIO(), width=200, **options)
+    out = io.StringIO()
+    console = Console(file=out, width=200, **options)
     console.print(text, soft_wrap=True, end="")
-    return console.file.getvalue()
+    return out.getvalue()
 
 
 def test_a_page_keeps_every_character_and_escapes_it():
