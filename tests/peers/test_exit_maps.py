@@ -20,11 +20,12 @@ def test_maps_by_least_squares_speak_where_the_raw_lens_does_not():
     loaded = pretrained.load(path)
     tokenizer = loaded.tokenizer
     assert tokenizer is not None
+    encode = tokenizer.encode
     net = Net(*separate(loaded.model, loaded.variables))
     documents = dict(corpus.standard_library())
 
     def windows(*names):
-        ids = [i for name in names for i in tokenizer.encode(documents[name].decode())]
+        ids = [i for name in names for i in encode(documents[name].decode())]
         return np.asarray(ids[: len(ids) // 512 * 512], np.int32).reshape(-1, 128)
 
     train = windows("textwrap.py", "heapq.py", "bisect.py")
