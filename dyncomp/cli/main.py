@@ -18,6 +18,7 @@ COMMANDS = (
     "run",
     "evaluate",
     "generate",
+    "train_exits",
     "reproduce",
     "sweep",
     "bench",

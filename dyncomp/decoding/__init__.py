@@ -4,6 +4,9 @@ from dyncomp.decoding.branches import read_branches
 from dyncomp.decoding.drafters import FirstLayers, OtherModel, SkipLayers
 from dyncomp.decoding.drafting import Drafter
 from dyncomp.decoding.entropy import entropy_bits
+from dyncomp.decoding.exit_maps import ExitMaps
+from dyncomp.decoding.exit_scores import ExitScores, score_exits
+from dyncomp.decoding.exit_training import ExitStates, distill, least_squares, read_states
 from dyncomp.decoding.exiting import ExitEarly
 from dyncomp.decoding.fused import FusedGenerator, FusedTick
 from dyncomp.decoding.fusion import (
@@ -97,6 +100,9 @@ __all__ = [
     "EntropySwitch",
     "ExitAndCatchUp",
     "ExitEarly",
+    "ExitMaps",
+    "ExitScores",
+    "ExitStates",
     "FirstLayers",
     "FullDepth",
     "FusedGenerator",
@@ -142,6 +148,7 @@ __all__ = [
     "choose_fusion",
     "choose_on_text",
     "displacement",
+    "distill",
     "entropy_bits",
     "fuse",
     "fused_logits",
@@ -155,6 +162,7 @@ __all__ = [
     "guessing_loss",
     "head_guesses",
     "kl_divergence",
+    "least_squares",
     "logit_shifts",
     "longest_path",
     "mismatch",
@@ -166,11 +174,13 @@ __all__ = [
     "rank_accuracy",
     "read",
     "read_branches",
+    "read_states",
     "read_text",
     "replay",
     "residual",
     "row_keys",
     "run_lengths",
+    "score_exits",
     "shuffled_runs",
     "spread_prompts",
     "stack_tables",

@@ -55,6 +55,11 @@ class OwnHeads:
         return model.cost((1, 1))["head"]["tokens"]
 
 
+def mapped(x: Float[Array, "*n d"], change: Float[Array, "d d"]) -> Float[Array, "*n d"]:
+    """x + x M, what `MappedHead` gives to the model's norm and head."""
+    return x + jnp.einsum("...d,de->...e", x, change.astype(x.dtype))
+
+
 @dataclasses.dataclass(frozen=True)
 class MappedHead:
     """A linear map d -> d an exit, then the model's own norm and head: small beside a head for each exit.
@@ -64,8 +69,7 @@ class MappedHead:
 
     def logits(self, net, exit, x):
         """The model's classifier on x + x M of the exit."""
-        change = jnp.einsum("btd,de->bte", x, net.variables["exits"]["maps"][exit].astype(x.dtype))
-        return net.classify(x + change)[:, -1]
+        return net.classify(mapped(x, net.variables["exits"]["maps"][exit]))[:, -1]
 
     def cost(self, model: Any) -> Cost:
         """The map and the head."""

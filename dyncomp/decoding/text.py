@@ -29,12 +29,14 @@ class TextStream:
       stop: the first of these that appears ends the text, itself left out.
       text: all of it so far, but for a character whose bytes are not all there.
       stopped: a stop string has appeared.
+      ends: where the text of each token ends; a character belongs to the token that brings its last byte.
     """
 
     tokenizer: Decodes
     stop: Sequence[str] = ()
     text: str = ""
     stopped: bool = False
+    ends: list[int] = dataclasses.field(default_factory=list)
     _ids: list[int] = dataclasses.field(default_factory=list)
     _shown: int = 0
 
@@ -45,15 +47,24 @@ class TextStream:
         self._ids.append(int(token))
         whole = self.tokenizer.decode(self._ids)
         if whole.endswith(PARTIAL):
+            self.ends.append(len(self.text))
             return ""
         found = [at for at in map(whole.find, self.stop) if at >= 0]
         self.stopped = bool(found)
         self.text = whole[: min(found)] if found else whole
+        self.ends.append(len(self.text))
         return self._show(len(self.text) if found else len(whole) - self._begun(whole))
 
     def finish(self) -> str:
         """The text that was held back; no token comes any more."""
         return self._show(len(self.text))
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text, one piece for each token pushed before the stop: empty where it completes no character."""
+        # A stop string may take text back from tokens that were there before it.
+        ends = [min(end, len(self.text)) for end in self.ends]
+        return [self.text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def _show(self, end: int) -> str:
         new = self.text[self._shown : end]
@@ -64,6 +75,14 @@ class TextStream:
         """Length of the longest end of ``text`` with which a stop string begins."""
         sizes = (n for s in self.stop for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n]))
         return max(sizes, default=0)
+
+
+def token_pieces(tokenizer: Decodes, tokens: Sequence[int]) -> list[str]:
+    """The text of each token in its context (`TextStream.pieces`): joined, the text without a torn last character."""
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        stream.push(token)
+    return stream.pieces
 
 
 class Transcript:

@@ -10,8 +10,8 @@ from terminal import ONE, cli, spawn
 from dyncomp import config as configs
 
 COMMANDS = (
-    "list", "config show", "config check", "run", "eval", "generate", "reproduce", "sweep", "bench", "compile",
-    "report",
+    "list", "config show", "config check", "run", "eval", "generate", "train-exits", "reproduce", "sweep", "bench",
+    "compile", "report",
 )  # fmt: skip
 CLAIMS = """
 [[claim]]
@@ -46,7 +46,7 @@ def test_every_command_has_help_with_an_example(name):
 def test_the_commands_are_those_tested_here():
     listed = re.search(r"\{(.*?)\}|COMMAND\n((?:    \w.*\n(?:     .*\n)*)+)", cli("--help").out)
     assert listed is not None
-    names = re.findall(r"^    (\w+)", listed[0], re.M)
+    names = re.findall(r"^    ([\w-]+)", listed[0], re.M)
     assert set(names) == {name.split()[0] for name in COMMANDS}
 
 

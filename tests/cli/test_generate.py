@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dyncomp.cli.main import main
-from dyncomp.decoding.text import TextStream
+from dyncomp.decoding.text import TextStream, token_pieces
 
 
 @pytest.fixture
@@ -49,11 +49,23 @@ def test_errors_are_one_line(folder, capsys, extra, message):
     assert message in said and len(said.splitlines()) == 1
 
 
-def test_characters_come_whole_and_stop_strings_end():
-    class Bytes:
-        def decode(self, ids):
-            return bytes(ids).decode(errors="replace")
+class Bytes:
+    """A token a byte."""
 
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_pieces_give_a_character_to_the_token_that_completes_it():
+    assert token_pieces(Bytes(), "aé€".encode()) == ["a", "", "é", "", "", "€"]
+    assert token_pieces(Bytes(), "é€".encode()[:-1]) == ["", "é", "", ""]
+    stream = TextStream(Bytes(), stop=["END"])
+    for byte in b"xyENDz":
+        stream.push(byte)
+    assert stream.pieces == ["x", "y", "", "", ""] and stream.text == "xy"
+
+
+def test_characters_come_whole_and_stop_strings_end():
     stream = TextStream(Bytes(), stop=["END"])
     assert [stream.push(b) for b in "é".encode()] == ["", "é"]
     assert [stream.push(b) for b in b"xENxEND"] == ["x", "", "", "ENx", "", "", ""]
