@@ -18,7 +18,7 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.decoding import ExitEarly, FullDepth, Generator, KeepLayers
 from dyncomp.depth import evenly
 
-CASES = ((1, 512), (1, 4096), (8, 512))
+CASES = ((1, 512), (1, 4096), (8, 512), (8, 4096))
 """Batch and context."""
 STEPS, PAIRS = generate_peer.STEPS, generate_peer.PAIRS
 PEER_GOALS = {"float32": 3.0, "bfloat16": 1.5}

@@ -14,7 +14,7 @@ from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.reading import Reading, begin, check_rows, newest, read, unread
 from dyncomp.models import DecoderLM
 
-WIDTHS = (1, 2, 4, 8)
+WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48)
 """Tokens of one call that are compiled for; above, the buckets of prompts."""
 
 

@@ -84,7 +84,7 @@ def test_programs_are_few(lm):
         session.step([TEXT[0][:tokens]])
         session.take_back([tokens])
     assert session._extend._cache_size() == 3
-    assert [width(n) for n in (0, 1, 3, 8, 9, 100)] == [1, 1, 4, 8, 16, 128]
+    assert [width(n) for n in (0, 1, 3, 9, 23, 100)] == [1, 1, 4, 16, 24, 128]
 
 
 def test_bad_input(lm, session):
