@@ -1,0 +1,96 @@
+"""The public operation: attention of every block of queries over the blocks of keys that its list names."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dyncomp_kernels.sparse_attention import xla
+from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
+
+
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    lists: BlockLists,
+    *,
+    causal: bool = True,
+    offset: Array | int = 0,
+    real: Array | None = None,
+) -> tuple[Array, Array]:
+    """softmax(q k^T / sqrt(p)) v over listed keys; time and memory are proportional to the listed blocks.
+
+    Head j reads key/value head ``j // (h / g)``. Softmax and sums are float32. Lists are run-time values: others of the
+    same shape compile nothing. `lists.check_lists` refuses bad ones; here a block that is listed twice counts twice.
+
+    Args:
+      q: [b t h p], float32 or bfloat16.
+      k, v: [b s g p], g a divisor of h.
+      lists: for batch b or 1.
+      causal: query i sees keys up to place ``offset`` + i.
+      offset: int32 [], place of the first query among the keys; a run-time value.
+      real: bool [b s], False for padding.
+
+    Returns:
+      [b t h p] in the dtype of q, and the log-sum-exp of the scores, float32 [b t h]; zeros and -inf for a query that
+      sees nothing. Differentiable in q, k and v, through both outputs.
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    _check(q, k, v, lists, real)
+    return _attend(q, k, v, lists, jnp.asarray(offset, jnp.int32), real, causal)
+
+
+def merged(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """One result of several over disjoint keys: outputs [b t h p] weighed by their log-sum-exps [b t h]."""
+    outs, sums = zip(*parts, strict=True)
+    stacked = jnp.stack(sums)
+    top = jnp.max(stacked, axis=0)
+    shift = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(stacked - shift)
+    total = jnp.sum(weights, axis=0)
+    some = jnp.where(total > 0, total, 1.0)
+    mixed = sum(
+        (w / some)[..., None] * out.astype(jnp.float32)
+        for w, out in zip(weights, outs, strict=True)
+    )
+    lse = jnp.where(total > 0, shift + jnp.log(some), -jnp.inf)
+    return jnp.asarray(mixed).astype(outs[0].dtype), lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, lists, offset, real, causal):
+    return xla.forward(q, k, v, lists, offset, real, causal)
+
+
+def _forward(q, k, v, lists, offset, real, causal):
+    out, lse = xla.forward(q, k, v, lists, offset, real, causal)
+    return (out, lse), ((q, k, v, out, lse), lists, offset, real)
+
+
+def _backward(causal, residuals, cotangents):
+    saved, lists, offset, real = residuals
+    return *xla.backward(saved, lists, offset, real, causal, *cotangents), None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _check(q: Array, k: Array, v: Array, lists: BlockLists, real: Array | None) -> None:
+    (b, t, h, p), (own, s, g, width) = q.shape, k.shape
+    if (own, width) != (b, p) or v.shape[:3] != k.shape[:3] or h % g:
+        raise ValueError(
+            f"sparse_attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; give [b t h p], [b s g p] and"
+            " [b s g p] with g a divisor of h"
+        )
+    batch, a, x, _ = lists.index.shape
+    if batch not in (1, b) or a not in (1, g, h) or x != blocks_of(t, lists.rows):
+        raise ValueError(
+            f"sparse_attention: lists {list(lists.index.shape)} in blocks of {lists.rows} queries; {t} queries of {h} "
+            f"heads on {g} need [1 or {b}, 1, {g} or {h}, {blocks_of(t, lists.rows)}, m]"
+        )
+    if real is not None and real.shape != (b, s):
+        raise ValueError(f"sparse_attention: real is {list(real.shape)}; give [{b}, {s}]")
