@@ -10,17 +10,31 @@ from dyncomp.attention.cache import (
     replace_newest,
     truncate,
 )
+from dyncomp.attention.patterns import (
+    AShape,
+    Pattern,
+    PerHead,
+    TopBlocks,
+    VerticalSlash,
+    head_errors,
+)
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.sight import Sight
 
 __all__ = [
+    "AShape",
     "Attention",
     "FullCache",
     "KVCache",
+    "Pattern",
+    "PerHead",
     "RopeScaling",
     "Sight",
+    "TopBlocks",
+    "VerticalSlash",
     "attend",
     "attend_seen",
+    "head_errors",
     "keep_slots",
     "push_newest",
     "replace_newest",

@@ -56,6 +56,8 @@ class Attention(nn.Module):
       qk_norm: RMS norm of every query and key head before RoPE (Qwen3).
       eps: of that norm.
       cache: factory of a cache policy, called with ``max_length``.
+      pattern: factory of a sparse pattern (`attention.Pattern`) for passes of ``pattern_from`` positions and more;
+        shorter ones and single tokens are dense. None for none. Its pairs are both needed and executed.
     """
 
     heads: int
@@ -70,6 +72,8 @@ class Attention(nn.Module):
     qk_norm: bool = False
     eps: float = 1e-6
     cache: Factory = FullCache
+    pattern: Factory | None = None
+    pattern_from: int = 2
     dtypes: DTypes = DTypes()
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
@@ -131,14 +135,33 @@ class Attention(nn.Module):
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         sight = Sight(place[0], key_place, visible, self.causal, self.window)
         executed: Array | int = t * k.shape[1]
-        if cache is not None:
+        sparse = self.pattern is not None and t >= max(self.pattern_from, 2)
+        if sparse:
+            mixed, executed = self._sparse(q, k, v, sight)
+        elif cache is not None:
             mixed, executed = attend_seen(q, k, v, sight)
         else:
             everything = real is None and visible is None and not self.causal
             mixed = attend(q, k, v, None if everything else sight.all())
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
         pairs = sight.all() if self.window is not None or visible is not None else None
-        return y, Aux(events=self._events(t, executed, real, earlier, pairs), cache=cache)
+        events = self._events(t, executed, real, earlier, pairs, sparse=sparse)
+        return y, Aux(events=events, cache=cache)
+
+    def _sparse(self, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
+        """The pattern's values and pairs.
+
+        Raises:
+          DyncompError: a pattern together with a window, with ``visible``, or without causality.
+        """
+        if self.window is not None or sight.visible is not None or not self.causal:
+            raise DyncompError(
+                "Attention.pattern goes with causal=True, window=None and without visible; leave one of them out"
+            )
+        assert self.pattern is not None
+        check_factory(self.pattern, "Attention.pattern")
+        mixed, pairs = self.pattern()(q, k, v, sight)
+        return mixed, jnp.round(pairs).astype(jnp.int32)
 
     def _placed(self, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
         """Queries and keys with their norms and their positions."""
@@ -189,6 +212,8 @@ class Attention(nn.Module):
         real: Array | None,
         earlier: Array,
         visible: Array | None,
+        *,
+        sparse: bool = False,
     ) -> dict[str, Count]:
         """Counts of t new positions behind ``earlier`` [b] real tokens; ``executed`` pairs ran for each sequence.
 
@@ -203,6 +228,8 @@ class Attention(nn.Module):
         if visible is not None:
             pairs = visible if real is None else visible & real[:, :, None]
             needed = jnp.broadcast_to(jnp.sum(pairs, axis=(1, 2), dtype=jnp.int32), (b,))
+        if sparse:
+            needed = jnp.broadcast_to(jnp.asarray(executed, jnp.int32), (b,))
         return {
             "projections": count(jnp.sum(tokens), b * t),
             **pair_events(needed, executed),

@@ -19,6 +19,8 @@ def sparse_attention(
     causal: bool = True,
     offset: Array | int = 0,
     real: Array | None = None,
+    window: int | None = None,
+    sink: int = 0,
 ) -> tuple[Array, Array]:
     """softmax(q k^T / sqrt(p)) v over listed keys; time and memory are proportional to the listed blocks.
 
@@ -32,6 +34,8 @@ def sparse_attention(
       causal: query i sees keys up to place ``offset`` + i.
       offset: int32 [], place of the first query among the keys; a run-time value.
       real: bool [b s], False for padding.
+      window, sink: of what is listed, a query sees the ``window`` places up to its own, and the first ``sink`` keys
+        (an A-shape); None for all.
 
     Returns:
       [b t h p] in the dtype of q, and the log-sum-exp of the scores, float32 [b t h]; zeros and -inf for a query that
@@ -41,7 +45,8 @@ def sparse_attention(
       ValueError: shapes do not fit.
     """
     _check(q, k, v, lists, real)
-    return _attend(q, k, v, lists, jnp.asarray(offset, jnp.int32), real, causal)
+    seeing = xla.Seeing(causal, window, sink)
+    return _attend(q, k, v, lists, jnp.asarray(offset, jnp.int32), real, seeing)
 
 
 def merged(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -62,18 +67,18 @@ def merged(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, lists, offset, real, causal):
-    return xla.forward(q, k, v, lists, offset, real, causal)
+def _attend(q, k, v, lists, offset, real, seeing):
+    return xla.forward(q, k, v, lists, offset, real, seeing)
 
 
-def _forward(q, k, v, lists, offset, real, causal):
-    out, lse = xla.forward(q, k, v, lists, offset, real, causal)
+def _forward(q, k, v, lists, offset, real, seeing):
+    out, lse = xla.forward(q, k, v, lists, offset, real, seeing)
     return (out, lse), ((q, k, v, out, lse), lists, offset, real)
 
 
-def _backward(causal, residuals, cotangents):
+def _backward(seeing, residuals, cotangents):
     saved, lists, offset, real = residuals
-    return *xla.backward(saved, lists, offset, real, causal, *cotangents), None, None, None
+    return *xla.backward(saved, lists, offset, real, seeing, *cotangents), None, None, None
 
 
 _attend.defvjp(_forward, _backward)

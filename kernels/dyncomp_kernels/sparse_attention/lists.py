@@ -82,6 +82,21 @@ def causal_lists(t: int, s: int, rows: int, columns: int, offset: int = 0) -> Bl
     return lists_of(jnp.asarray(first_key <= last[:, None])[None, None], rows, columns)
 
 
+def a_shape_lists(
+    t: int, s: int, rows: int, columns: int, *, window: int, sink: int = 0, offset: int = 0
+) -> BlockLists:
+    """Blocks that hold one of the first ``sink`` keys or of the ``window`` places up to a query's own. [1 1 x m]."""
+    start = np.arange(blocks_of(t, rows)) * rows + offset
+    last = np.minimum(start + rows, t + offset) - 1
+    first_key = np.arange(blocks_of(s, columns)) * columns
+    near = (first_key[None] <= last[:, None]) & (
+        first_key[None] + columns > start[:, None] - window + 1
+    )
+    chosen = near | ((first_key[None] < sink) & (first_key[None] <= last[:, None]))
+    most = int(chosen.sum(axis=1).max())
+    return lists_of(jnp.asarray(chosen)[None, None], rows, columns, most)
+
+
 def check_lists(lists: BlockLists, t: int, s: int) -> None:
     """Looks at the lists themselves, on the host: for tests and for lists that come from outside.
 

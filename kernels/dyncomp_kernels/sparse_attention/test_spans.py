@@ -13,7 +13,7 @@ from dyncomp_kernels.sparse_attention.spans import slash_spans
 def spans_of(offsets, t, size, start=0):
     offsets = jnp.asarray(sorted(offsets, reverse=True), jnp.int32)[None, None]
     count = jnp.full((1, 1), offsets.shape[-1], jnp.int32)
-    return slash_spans(offsets, count, t, size, start)
+    return slash_spans(offsets, count, t, size, keys=start + t, start=start)
 
 
 def begins(lists, x):
@@ -60,7 +60,7 @@ def test_vertical_and_slash_together_are_their_union():
     offsets = jnp.asarray([[[17, 3, 0, 0], [30, 9, 8, 0]]], jnp.int32)
     counts = jnp.asarray([[3, 4]], jnp.int32)
     columns = jnp.asarray([[[0, 5, 21], [2, 33, 12]]], jnp.int32)
-    lists = slash_spans(offsets, counts, t, size)
+    lists = slash_spans(offsets, counts, t, size, keys=t)
     half = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
 
     @jax.jit

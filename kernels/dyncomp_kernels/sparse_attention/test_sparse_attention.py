@@ -10,6 +10,7 @@ import pytest
 from dyncomp_kernels.sparse_attention.api import merged, sparse_attention
 from dyncomp_kernels.sparse_attention.lists import (
     BlockLists,
+    a_shape_lists,
     blocks_of,
     causal_lists,
     check_lists,
@@ -238,3 +239,26 @@ def test_bad_shapes_are_refused():
 def _wrong():
     lists = random_lists(16, 16, 2, 4, 4)
     return lists.index, lists.count, 8, 4
+
+
+@pytest.mark.parametrize(("window", "sink"), [(1, 0), (5, 3), (6, 0), (50, 0)])
+def test_an_a_shape_is_exact(window, sink):
+    """Sink and window by the token, not by the block; and only blocks that hold one of both are listed."""
+    t, s, offset = 14, 21, 7
+    q, k, v = drawn(t, s, 2, 1)
+    lists = a_shape_lists(t, s, 4, 3, window=window, sink=sink, offset=offset)
+    half = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    out, _ = sparse_attention(*half, lists, offset=offset, window=window, sink=sink)
+    for n, i, j in np.ndindex(B, t, 2):
+        place = offset + i
+        keys = [key for key in range(place + 1) if key > place - window or key < sink]
+        scores = k[n, keys, 0] @ q[n, i, j] / np.sqrt(P)
+        weights = np.exp(scores - scores.max())
+        np.testing.assert_allclose(out[n, i, j], weights / weights.sum() @ v[n, keys, 0], atol=2e-6)
+    for x in range(4):
+        places = range(offset + 4 * x, min(offset + 4 * x + 4, offset + t))
+        wanted = {
+            key // 3 for p in places for key in range(p + 1) if key > p - window or key < sink
+        }
+        own = np.asarray(lists.index)[0, 0, x][: int(lists.count[0, 0, x])]
+        assert set(own.tolist()) == wanted

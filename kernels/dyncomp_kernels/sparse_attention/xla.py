@@ -16,6 +16,15 @@ LOWEST = jnp.finfo(jnp.float32).min
 
 
 @dataclasses.dataclass(frozen=True)
+class Seeing:
+    """Which pairs of listed blocks count; see `api.sparse_attention`."""
+
+    causal: bool = True
+    window: int | None = None
+    sink: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Shape:
     """Sizes of a problem."""
 
@@ -29,14 +38,14 @@ class Shape:
     rows: int
     columns: int
     unit: int
-    causal: bool
+    seeing: "Seeing"
 
     @classmethod
-    def of(cls, q: Array, k: Array, lists: BlockLists, causal: bool) -> "Shape":
+    def of(cls, q: Array, k: Array, lists: BlockLists, seeing: "Seeing") -> "Shape":
         """From the arguments; blocks are no longer than the sequences."""
         (b, t, h, p), (_, s, g, _) = q.shape, k.shape
         a, unit = lists.index.shape[1], lists.columns if lists.unit is None else lists.unit
-        return cls(b, t, s, h, g, p, a, lists.rows, min(lists.columns, s), unit, causal)
+        return cls(b, t, s, h, g, p, a, lists.rows, min(lists.columns, s), unit, seeing)
 
     @property
     def c(self) -> int:
@@ -115,10 +124,13 @@ def seen(
     fits = (key >= begin) & (key < begin + size.columns)
     if real is not None:
         fits = fits & lax.dynamic_slice(real, (task.batch, start), (1, size.columns))[0]
-    if not size.causal:
-        return start, jnp.broadcast_to(fits[None], (size.rows, size.columns))
-    place = offset + task.start + jnp.arange(size.rows, dtype=jnp.int32)
-    return start, fits[None] & (key[None] <= place[:, None])
+    rule, visible = size.seeing, jnp.broadcast_to(fits[None], (size.rows, size.columns))
+    place = (offset + task.start + jnp.arange(size.rows, dtype=jnp.int32))[:, None]
+    if rule.causal:
+        visible = visible & (key[None] <= place)
+    if rule.window is not None:
+        visible = visible & ((key[None] > place - rule.window) | (key[None] < rule.sink))
+    return start, visible
 
 
 def masked(scores: Array, visible: Array, size: Shape) -> Array:
@@ -128,10 +140,16 @@ def masked(scores: Array, visible: Array, size: Shape) -> Array:
 
 
 def forward(
-    q: Array, k: Array, v: Array, lists: BlockLists, offset: Array, real: Array | None, causal: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    lists: BlockLists,
+    offset: Array,
+    real: Array | None,
+    seeing: Seeing,
 ) -> tuple[Array, Array]:
     """Output [b t h p] in the dtype of q, and log-sum-exp float32 [b t h]; sums are float32."""
-    size = Shape.of(q, k, lists, causal)
+    size = Shape.of(q, k, lists, seeing)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scaled = grouped(q.astype(jnp.float32) / math.sqrt(size.p), size)
 
@@ -162,12 +180,12 @@ def forward(
 
 
 def backward(
-    saved: tuple[Array, ...], lists: BlockLists, offset: Array, real: Array | None, causal: bool,
+    saved: tuple[Array, ...], lists: BlockLists, offset: Array, real: Array | None, seeing: Seeing,
     d_out: Array, d_lse: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of q, k and v (Dao et al. 2022, algorithm 4), in one pass over the listed blocks."""
     q, k, v, out, lse = saved
-    size = Shape.of(q, k, lists, causal)
+    size = Shape.of(q, k, lists, seeing)
     scale = 1 / math.sqrt(size.p)
     keys_first, values_first = k.swapaxes(1, 2), v.swapaxes(1, 2)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse

@@ -1,0 +1,109 @@
+"""Scores by which sparse patterns choose what to read: pooled blocks, and the attention of the newest queries.
+
+Letters beside the legend's: ``w`` probing queries, ``x`` blocks of queries, ``y`` blocks of keys.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dyncomp.core.typing import Array, Bool, Float, Int
+
+
+def recent_attention(
+    q: Float[Array, "b w h p"],
+    k: Float[Array, "b s g p"],
+    place: Int[Array, "w"],
+    real: Bool[Array, "b s"] | None = None,
+) -> Float[Array, "b h w s"]:
+    """softmax(q k^T / sqrt(p)), causal, of a few queries over all keys: what MInference (arXiv 2407.02490) looks at.
+
+    Args:
+      place: where the queries stand among the keys.
+      real: False for padding.
+    """
+    b, w, h, p = q.shape
+    g, s = k.shape[2], k.shape[1]
+    split = q.reshape(b, w, g, h // g, p)
+    scores = jnp.einsum("bwgrp,bsgp->bgrws", split, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, h, w, s) / jnp.float32(math.sqrt(p))
+    seen = jnp.arange(s, dtype=jnp.int32)[None] <= place[:, None]
+    seen = jnp.broadcast_to(seen[None], (b, w, s)) if real is None else seen[None] & real[:, None]
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1, where=seen[:, None])
+
+
+def vertical_scores(weights: Float[Array, "b h w s"]) -> Float[Array, "b h s"]:
+    """How much all probing queries look at each key."""
+    return jnp.sum(weights, axis=2)
+
+
+def slash_scores(weights: Float[Array, "b h w s"], place: Int[Array, "w"]) -> Float[Array, "b h s"]:
+    """How much probing queries look at the key o places before them, for o = 0, 1, ..., s - 1."""
+    s = weights.shape[-1]
+    key = place[:, None] - jnp.arange(s, dtype=jnp.int32)[None]
+    there = (key >= 0) & (key < s)
+    index = jnp.broadcast_to(jnp.clip(key, 0, s - 1), weights.shape)
+    return jnp.sum(jnp.where(there, jnp.take_along_axis(weights, index, axis=-1), 0.0), axis=2)
+
+
+def pooled_scores(
+    q: Float[Array, "b t h p"], k: Float[Array, "b s g p"], rows: int, columns: int
+) -> Float[Array, "b h x y"]:
+    """Products of the means of blocks of queries and keys, float32; a last block that is not full has its own mean."""
+    means = _means(q, rows), _means(k, columns)
+    h, g = q.shape[2], k.shape[2]
+    keys = jnp.repeat(means[1], h // g, axis=2)
+    return jnp.einsum("bxhp,byhp->bhxy", means[0], keys)
+
+
+def _means(x: Float[Array, "b t h p"], size: int) -> Float[Array, "b x h p"]:
+    b, t, h, p = x.shape
+    blocks = -(-t // size)
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, blocks * size - t), (0, 0), (0, 0)))
+    full = jnp.minimum(size, t - size * jnp.arange(blocks)).astype(jnp.float32)
+    return jnp.sum(padded.reshape(b, blocks, size, h, p), axis=2) / full[None, :, None, None]
+
+
+def best(
+    scores: Float[Array, "*n s"],
+    most: int,
+    budget: Int[Array, ""] | int,
+    forced: int = 0,
+    limit: Int[Array, ""] | int | None = None,
+) -> tuple[Int[Array, "*n m"], Int[Array, "*n"]]:
+    """Places of the highest scores, ascending, and how many count.
+
+    Args:
+      most: m, entries of the result (static); at most s.
+      budget: how many to take, at most m (a run-time value).
+      forced: the first so many places are taken before all others.
+      limit: places from here on are never taken (a run-time value).
+    """
+    s = scores.shape[-1]
+    most = min(most, s)
+    place = jnp.arange(s, dtype=jnp.int32)
+    scores = jnp.where(place < forced, jnp.inf, scores.astype(jnp.float32))
+    end = jnp.asarray(s if limit is None else limit, jnp.int32)
+    scores = jnp.where(place < end, scores, -jnp.inf)
+    _, index = lax.top_k(scores, most)
+    count = jnp.minimum(jnp.minimum(jnp.asarray(budget, jnp.int32), most), end)
+    kept = jnp.where(jnp.arange(most, dtype=jnp.int32) < count, index.astype(jnp.int32), s)
+    return jnp.sort(kept, axis=-1), jnp.broadcast_to(count, scores.shape[:-1])
+
+
+def best_blocks(
+    scores: Float[Array, "b h x y"],
+    budget: Int[Array, ""] | int,
+    causal: Bool[Array, "x y"],
+    forced: Bool[Array, "x y"] | None = None,
+) -> Bool[Array, "b h x y"]:
+    """Of the causal key blocks of a block of queries the ``budget`` best (a run-time value), ``forced`` ones first."""
+    scores = jnp.where(causal, scores.astype(jnp.float32), -jnp.inf)
+    if forced is not None:
+        scores = jnp.where(forced & causal, jnp.inf, scores)
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1, stable=True)
+    return (rank < budget) & causal
