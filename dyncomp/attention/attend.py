@@ -13,6 +13,9 @@ from dyncomp.core.typing import Array, Bool, Float, Int
 ROWS, KEYS = 256, 512
 """Queries and slots of a block: its scores for nine heads stay within a core's cache."""
 
+SMALL = 128
+"""Slots up to which one dense product is taken: there loops cost more to compile than they save."""
+
 LOWEST = jnp.finfo(jnp.float32).min
 
 
@@ -46,11 +49,14 @@ def attend_seen(
     """`attend` that reads only blocks of slots which some query of a block sees; no table of all scores exists.
 
     The softmax is renormalised from block to block (Milakov & Gimelshein 2018; Dao et al. 2022). Gradients are those of
-    `attend` and cost its memory. Accelerators run a single query as one dense product, which is one kernel there.
+    `attend` and cost its memory. Small caches take one dense product, and so do single queries on accelerators, where
+    that is one kernel.
 
     Returns:
       The mixed values (of a query that may see nothing: finite), and how many pairs of each sequence were computed.
     """
+    if k.shape[1] <= SMALL:
+        return _dense(q, k, v, sight)
     # XLA's CPU compiler has no fast product of bfloat16 matrices with heads between their axes.
     blocks = lambda dtype: functools.partial(_blocks, dtype=dtype)
     default = _dense if q.shape[1] == 1 else blocks(q.dtype.name)

@@ -23,6 +23,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int
 from dyncomp.decoding.exit_maps import ExitMaps
 from dyncomp.decoding.exiting import check_exits
+from dyncomp.decoding.fusion import kl_divergence
 from dyncomp.decoding.net import Net
 from dyncomp.decoding.rules import mapped
 
@@ -107,8 +108,7 @@ def least_squares(found: ExitStates, ridge: float = 1e-3) -> ExitMaps:
 
 def divergence(teacher: Float[Array, "n v"], student: Float[Array, "n v"]) -> Float[Array, ""]:
     """KL(teacher || student) of raw logits, nats, mean over rows."""
-    own, right = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
-    return jnp.mean(jnp.sum(jnp.exp(right) * (right - own), axis=-1))
+    return jnp.mean(kl_divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)))
 
 
 def distill(

@@ -78,7 +78,7 @@ def displacement(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(KL(moved || original), KL(original || moved)) of softmax(logits) moved by ``alpha * shift``, nats.
 
-    By the closed form (derived in our sheet): with E over the original, M = log E[exp(alpha shift)],
+    By the closed form (derived, not in the paper): with E over the original, M = log E[exp(alpha shift)],
     KL(moved || original) = alpha E_moved[shift] - M and KL(original || moved) = M - alpha E[shift]. The shift is
     centred at E[shift] first, which changes neither and keeps small values exact. Both grow with alpha >= 0; the
     first is bounded, so it may never reach a target.

@@ -12,6 +12,7 @@ from jax import lax
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
 from dyncomp.decoding.branches import read_branches
+from dyncomp.decoding.fusion import kl_divergence
 from dyncomp.decoding.net import Net
 from dyncomp.decoding.reading import Reading, begin, read
 
@@ -25,8 +26,7 @@ def guessing_loss(
     """
     target = jax.nn.log_softmax(lax.stop_gradient(teacher).astype(jnp.float32), axis=-1)
     own = jax.nn.log_softmax(guesses.astype(jnp.float32), axis=-1)
-    gap = jnp.where(target > -jnp.inf, target - own, 0.0)
-    each = jnp.sum(jnp.exp(target) * gap, axis=-1)
+    each = kl_divergence(target, own)
     k = guesses.shape[-2]
     weight = jnp.float32(decay) ** jnp.arange(k, dtype=jnp.float32) / k
     return jnp.mean(jnp.sum(each * jnp.expand_dims(weight, tuple(range(each.ndim - 1))), axis=-1))

@@ -1,5 +1,6 @@
 """Backbones with seams."""
 
+from dyncomp.models.apart import apart, with_mixers
 from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.exiting import ExitingClassifier
@@ -30,6 +31,7 @@ __all__ = [
     "SkippingLM",
     "StoppingLM",
     "VisionTransformer",
+    "apart",
     "apply",
     "block_outputs",
     "block_places",
@@ -40,4 +42,5 @@ __all__ = [
     "stack",
     "unstack",
     "with_layer_caches",
+    "with_mixers",
 ]

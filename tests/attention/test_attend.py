@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dyncomp.attention import Sight, attend, attend_seen
-from dyncomp.attention.attend import KEYS, ROWS
+from dyncomp.attention.attend import KEYS, ROWS, SMALL
 
 B, H, G, P = 2, 4, 2, 8
 
@@ -85,8 +85,8 @@ def test_windows(window):
 
 
 def test_without_causality():
-    place, keys = filled(0, 70, 96)
-    compare(*drawn(70, 96), Sight(place, keys, causal=False))
+    place, keys = filled(0, 70, 196)
+    compare(*drawn(70, 196), Sight(place, keys, causal=False))
 
 
 @pytest.mark.parametrize("rows", [1, B])
@@ -119,8 +119,8 @@ def test_only_blocks_that_are_seen_are_computed():
 
 
 def test_gradients_are_those_of_the_plain_form():
-    q, k, v = drawn(5, 24)
-    place, keys = filled(11, 5, 24, holes=(2, 3))
+    q, k, v = drawn(5, 2 * SMALL)
+    place, keys = filled(150, 5, 2 * SMALL, holes=(2, 3))
     sight = Sight(place, keys)
     target = jax.random.normal(jax.random.key(9), q.shape)
     loss = lambda mixed: jnp.sum(mixed * target)
