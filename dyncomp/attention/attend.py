@@ -9,14 +9,13 @@ from jax import lax
 
 from dyncomp.attention.sight import Sight
 from dyncomp.core.typing import Array, Bool, Float, Int
+from dyncomp_kernels.sparse_attention.running import LOWEST, Running
 
 ROWS, KEYS = 256, 512
 """Queries and slots of a block: its scores for nine heads stay within a core's cache."""
 
 SMALL = 128
 """Slots up to which one dense product is taken: there loops cost more to compile than they save."""
-
-LOWEST = jnp.finfo(jnp.float32).min
 
 
 def attend(
@@ -48,9 +47,8 @@ def attend_seen(
 ) -> tuple[Float[Array, "b t h p"], Int[Array, ""]]:
     """`attend` that reads only blocks of slots which some query of a block sees; no table of all scores exists.
 
-    The softmax is renormalised from block to block (Milakov & Gimelshein 2018; Dao et al. 2022). Gradients are those of
-    `attend` and cost its memory. Small caches take one dense product, and so do single queries on accelerators, where
-    that is one kernel.
+    Gradients are those of `attend` and cost its memory. Small caches take one dense product, and so do single queries
+    on accelerators, where that is one kernel.
 
     Returns:
       The mixed values (of a query that may see nothing: finite), and how many pairs of each sequence were computed.
@@ -123,8 +121,7 @@ def _one_block(
     columns = min(slots, KEYS)
     first, past = sight.reach(row, rows, columns)
 
-    def fold(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, mixed = state
+    def fold(index: Array, state: Running) -> Running:
         begin = index * columns
         start = jnp.minimum(begin, slots - columns)  # a last block that is not full starts earlier
         keys, values = (
@@ -135,15 +132,8 @@ def _one_block(
         scores = jnp.einsum("bgnp,bsgp->bgns", q, keys, preferred_element_type=jnp.float32)
         split = scores.reshape(*scores.shape[:2], -1, rows, columns)
         scores = jnp.where(seen[:, None, None], split, LOWEST).reshape(scores.shape)
-        above = jnp.maximum(top, jnp.max(scores, axis=-1))
-        weights, shrink = jnp.exp(scores - above[..., None]), jnp.exp(top - above)
-        gained = jnp.einsum(
-            "bgns,bsgp->bgnp", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
-        )
-        total = total * shrink + jnp.sum(weights, axis=-1)
-        return above, total, mixed * shrink[..., None] + gained
+        mix = functools.partial(jnp.einsum, "bgns,bsgp->bgnp", preferred_element_type=jnp.float32)
+        return state.add(scores, lambda weights: mix(weights.astype(q.dtype), values))
 
-    blank = jnp.zeros(q.shape, jnp.float32)
-    start = jnp.full(q.shape[:3], LOWEST), blank[..., 0], blank
-    _, total, mixed = lax.fori_loop(first, past, fold, start)
+    _, total, mixed = lax.fori_loop(first, past, fold, Running.blank(q.shape))
     return mixed / total[..., None], (past - first) * (rows * columns)

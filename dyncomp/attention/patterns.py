@@ -24,7 +24,12 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float
 from dyncomp_kernels.sparse_attention.api import merged, sparse_attention
 from dyncomp_kernels.sparse_attention.columns import column_attention
-from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of, lists_of
+from dyncomp_kernels.sparse_attention.lists import (
+    BlockLists,
+    a_shape_lists,
+    blocks_of,
+    lists_of,
+)
 from dyncomp_kernels.sparse_attention.spans import slash_spans
 
 
@@ -60,14 +65,9 @@ class AShape:
 
     def __call__(self, q, k, v, sight):
         """The same blocks for all heads; their lists are as long as the longest needs."""
-        size, s = self.tile, k.shape[1]
-        near, first = _geometry(q.shape[1], s, size, sight)
-        causal = first[None] <= near[1][:, None]
-        window = first[None] + size > near[0][:, None] - self.window + 1
-        chosen = causal & (window | (first[None] < self.sink))
-        most = blocks_of(self.window + size - 1, size) + 1 + blocks_of(self.sink, size)
-        lists = lists_of(chosen[None, None], size, size, most)
         words = {"window": self.window, "sink": self.sink}
+        sizes = q.shape[1], k.shape[1], self.tile, self.tile
+        lists = a_shape_lists(*sizes, **words, offset=sight.place[0])
         mixed, _ = sparse_attention(q, k, v, lists, **words, **_where(sight, k))
         return mixed, _pairs(lists)
 
@@ -91,9 +91,11 @@ class TopBlocks:
     def __call__(self, q, k, v, sight):
         """Lists of their own for each head."""
         size = self.tile
-        near, first = _geometry(q.shape[1], k.shape[1], size, sight)
-        causal = first[None] <= near[1][:, None]
-        own = near[1][:, None] // size - first[None] // size
+        start = size * jnp.arange(blocks_of(q.shape[1], size), dtype=jnp.int32) + sight.place[0]
+        last = jnp.minimum(start + size - 1, sight.place[-1])[:, None]
+        first = size * jnp.arange(blocks_of(k.shape[1], size), dtype=jnp.int32)
+        causal = first[None] <= last
+        own = (last - first[None]) // size
         forced = (first[None] < self.sink * size) | (own < self.local)
         scores = pooled_scores(q, k, size, size)
         chosen = best_blocks(scores, self.blocks, causal, forced)
@@ -205,13 +207,6 @@ def _descending(index: Array, count: Array) -> Array:
     """The first ``count`` entries of ascending places turned round."""
     at = count[..., None] - 1 - jnp.arange(index.shape[-1], dtype=jnp.int32)
     return jnp.take_along_axis(index, jnp.maximum(at, 0), axis=-1)
-
-
-def _geometry(t: int, s: int, size: int, sight: Sight) -> tuple[tuple[Array, Array], Array]:
-    """First and last place of each block of queries, and the first key of each block of keys."""
-    start = sight.place[0] + size * jnp.arange(blocks_of(t, size), dtype=jnp.int32)
-    last = jnp.minimum(start + size - 1, sight.place[-1])
-    return (start, last), size * jnp.arange(blocks_of(s, size), dtype=jnp.int32)
 
 
 def _where(sight: Sight, k: Array) -> dict[str, Any]:

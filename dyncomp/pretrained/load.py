@@ -37,7 +37,7 @@ class Loaded:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Read when first asked for (it can be a sixth of a small model's size); None where the source has none."""
+        """Read when it is first asked for: beside a small model it is not small. None where the source has none."""
         return load_tokenizer(self.folder)
 
 

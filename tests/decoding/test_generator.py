@@ -46,6 +46,15 @@ def test_a_padded_batch_equals_single_runs(lm, full):
         np.testing.assert_allclose(alone.logits, one.logits, atol=1e-5)
 
 
+def test_a_cache_that_is_read_by_blocks_says_the_same(full, lm):
+    """Capacities above `attend.SMALL` and above one block of keys; empty slots behind, padding in front."""
+    generator, batch, *_ = full
+    for capacity in (300, 1200):
+        for one, want in zip(generator.generate(lm[2], NEW, capacity=capacity), batch, strict=True):
+            assert one.tokens == want.tokens
+            np.testing.assert_allclose(one.logits, want.logits, atol=1e-5)
+
+
 def test_the_ledger_counts_real_tokens(lm, full):
     model, _, prompts = lm
     _, _, steps, prompted = full

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dyncomp import pretrained
+
 LIMIT = 1.15
 CONFIG = {
     **{"model_type": "llama", "vocab_size": 24576, "hidden_size": 1024, "intermediate_size": 4096},
@@ -42,11 +44,25 @@ def test_peak_memory(random_checkpoint, tmp_path, stored, dtype):
     """
     small = random_checkpoint(tmp_path / "small", SMALL)
     large = random_checkpoint(tmp_path / "large", CONFIG, dtype=stored)
+    found = bounded(small, large, dtype)
+    assert found["weights"] > 180e6
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(not pretrained.smollm2(), reason="DYNCOMP_SMOLLM2 is not set")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_of_smollm2(random_checkpoint, tmp_path, dtype):
+    pretrained.load(pretrained.smollm2())  # dequantised once, into the cache folder
+    bounded(random_checkpoint(tmp_path / "small", SMALL), pretrained.smollm2(), dtype)
+
+
+def bounded(small, large, dtype):
+    """What was measured, within the limit."""
     command = [sys.executable, "-c", MEASURE, str(small), str(large), dtype]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(found)
-    assert found["weights"] > 180e6
     assert found["rest"] > 0.9 * found["weights"]  # or nothing was measured
     assert found["peak"] <= LIMIT * found["weights"], found
+    return found

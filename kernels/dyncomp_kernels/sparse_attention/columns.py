@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
-from dyncomp_kernels.sparse_attention.xla import LOWEST
+from dyncomp_kernels.sparse_attention.running import LOWEST
 
 ROWS = 128
 """Queries of a block where no lists say it."""

@@ -83,18 +83,26 @@ def causal_lists(t: int, s: int, rows: int, columns: int, offset: int = 0) -> Bl
 
 
 def a_shape_lists(
-    t: int, s: int, rows: int, columns: int, *, window: int, sink: int = 0, offset: int = 0
+    t: int,
+    s: int,
+    rows: int,
+    columns: int,
+    *,
+    window: int,
+    sink: int = 0,
+    offset: Array | int = 0,
 ) -> BlockLists:
-    """Blocks that hold one of the first ``sink`` keys or of the ``window`` places up to a query's own. [1 1 x m]."""
-    start = np.arange(blocks_of(t, rows)) * rows + offset
-    last = np.minimum(start + rows, t + offset) - 1
-    first_key = np.arange(blocks_of(s, columns)) * columns
-    near = (first_key[None] <= last[:, None]) & (
-        first_key[None] + columns > start[:, None] - window + 1
-    )
-    chosen = near | ((first_key[None] < sink) & (first_key[None] <= last[:, None]))
-    most = int(chosen.sum(axis=1).max())
-    return lists_of(jnp.asarray(chosen)[None, None], rows, columns, most)
+    """Blocks that hold one of the first ``sink`` keys or of the ``window`` places up to a query's own. [1 1 x m].
+
+    The first query stands at ``offset``, a run-time value.
+    """
+    start = jnp.asarray(offset, jnp.int32) + rows * jnp.arange(blocks_of(t, rows), dtype=jnp.int32)
+    last = jnp.minimum(start + rows, t + offset) - 1
+    first_key = columns * jnp.arange(blocks_of(s, columns), dtype=jnp.int32)[None]
+    near = (first_key + columns > start[:, None] - window + 1) | (first_key < sink)
+    chosen = near & (first_key <= last[:, None])
+    most = blocks_of(window + rows - 1, columns) + 1 + blocks_of(sink, columns)
+    return lists_of(chosen[None, None], rows, columns, most)
 
 
 def check_lists(lists: BlockLists, t: int, s: int) -> None:

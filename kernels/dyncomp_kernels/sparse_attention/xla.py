@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
-
-LOWEST = jnp.finfo(jnp.float32).min
+from dyncomp_kernels.sparse_attention.running import LOWEST, Running
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,24 +155,17 @@ def forward(
     def run(given: tuple[Array, Task]) -> tuple[Array, Array]:
         own, task = given
 
-        def fold(at: Array, state: Any) -> Any:
-            top, total, mixed = state
+        def fold(at: Array, state: Running) -> Running:
             start, visible = seen(task, at, real, offset, size)
             keys, values = (key_block(x, task, start, size) for x in (k, v))
             scores = masked(jnp.einsum("cnp,csp->cns", own, keys), visible, size)
-            above = jnp.maximum(top, jnp.max(scores, axis=-1))
-            # Of a row that has seen nothing, above is LOWEST and every weight would be 1.
-            weights = jnp.where(scores > LOWEST, jnp.exp(scores - above[..., None]), 0.0)
-            shrink = jnp.exp(top - above)
-            gained = jnp.einsum("cns,csp->cnp", weights, values)
-            total = total * shrink + jnp.sum(weights, axis=-1)
-            return above, total, mixed * shrink[..., None] + gained
+            mix = lambda weights: jnp.einsum("cns,csp->cnp", weights, values)
+            return state.add(scores, mix, seen=scores != LOWEST)
 
-        blank = jnp.zeros(own.shape, jnp.float32)
-        first = jnp.full(own.shape[:-1], LOWEST), blank[..., 0], blank
-        top, total, mixed = lax.fori_loop(0, task.count, fold, first)
-        some = jnp.where(total > 0, total, 1.0)
-        return mixed / some[..., None], jnp.where(total > 0, top + jnp.log(some), -jnp.inf)
+        top, total, mixed = lax.fori_loop(0, task.count, fold, Running.blank(own.shape))
+        blind = total == 0
+        some = jnp.where(blind, 1.0, total)
+        return mixed / some[..., None], jnp.where(blind, -jnp.inf, top + jnp.log(some))
 
     mixed, lse = lax.map(run, (scaled, tasks_of(lists, size)))
     return ungrouped(mixed, size).astype(q.dtype), ungrouped(lse[..., None], size)[..., 0]
@@ -206,7 +198,7 @@ def backward(
             start, visible = seen(task, at, real, offset, size)
             keys, values = (key_block(x, task, start, size) for x in (keys_first, values_first))
             scores = masked(jnp.einsum("cnp,csp->cns", own, keys), visible, size)
-            weights = jnp.where(scores > LOWEST, jnp.exp(scores - own_lse[..., None]), 0.0)
+            weights = jnp.where(scores != LOWEST, jnp.exp(scores - own_lse[..., None]), 0.0)
             slope = jnp.einsum("cnp,csp->cns", d_own, values) - own_delta[..., None]
             slope = weights * slope
             place = (task.batch, task.head, start, jnp.int32(0))
