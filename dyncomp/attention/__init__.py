@@ -1,8 +1,11 @@
 """Mixers, rotary positions and key/value cache policies."""
 
+from dyncomp.attention.asked import Asked, Work
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.attention import Attention
 from dyncomp.attention.cache import (
+    CachePolicy,
+    CacheState,
     FullCache,
     KVCache,
     keep_slots,
@@ -23,7 +26,10 @@ from dyncomp.attention.sight import Sight
 
 __all__ = [
     "AShape",
+    "Asked",
     "Attention",
+    "CachePolicy",
+    "CacheState",
     "FullCache",
     "KVCache",
     "Pattern",
@@ -32,6 +38,7 @@ __all__ = [
     "Sight",
     "TopBlocks",
     "VerticalSlash",
+    "Work",
     "attend",
     "attend_seen",
     "head_errors",

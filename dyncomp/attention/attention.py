@@ -1,12 +1,15 @@
 """Grouped-query attention on the mixer seam."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dyncomp.attention.asked import Asked, Work
 from dyncomp.attention.attend import attend, attend_seen
-from dyncomp.attention.cache import FullCache, KVCache
+from dyncomp.attention.cache import CacheState, FullCache
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.sight import Sight
 from dyncomp.core.aux import Aux, Count, count
@@ -40,7 +43,8 @@ class Attention(nn.Module):
 
     Events: ``projections`` (per token), ``pair_blocks`` and ``pairs`` (query-key pairs over all heads; causal
     attention needs the lower triangle among real tokens and executes the full square, with a cache the blocks of it
-    that some query sees).
+    that some query sees, or what its policy selects), and ``scored`` (keys or summaries of keys that a policy scored
+    to select, over all heads).
 
     Attributes:
       heads: query heads h.
@@ -103,7 +107,7 @@ class Attention(nn.Module):
         x: Float[Array, "b t d"],
         positions: Int[Array, "#b t"] | None = None,
         mask: Array | None = None,
-        cache: KVCache | None = None,
+        cache: CacheState | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
         visible: Bool[Array, "#b t w"] | None = None,
@@ -122,31 +126,66 @@ class Attention(nn.Module):
         h, g, p = self.sizes(d)
         if t > MAX_LENGTH:
             raise DyncompError(f"Attention: {t} positions; the ledger counts at most {MAX_LENGTH}")
-        start = jnp.int32(0) if cache is None else cache.length
-        earlier = jnp.zeros((b,), jnp.int32) if cache is None else cache.seen()
-        place = (start + jnp.arange(t, dtype=jnp.int32))[None, :]
         q, k, v = (self._project(x, name, n, p) for name, n in (("q", h), ("k", g), ("v", g)))
-        q, k = self._placed(q, k, place if positions is None else positions)
+        q, k = self._normed(q, k)
         real = None if mask is None else mask.astype(bool)
+        start = jnp.int32(0) if cache is None else cache.length
+        place = start + jnp.arange(t, dtype=jnp.int32)
+        positions = place[None] if positions is None else positions
         if cache is None:
-            key_place = place if real is None else jnp.where(real, place, -1)
+            mixed, work = self._whole(q, k, v, positions, place, real, visible)
         else:
-            cache, k, v, key_place = cache.policy.extend(cache, k, v, real)
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
-        sight = Sight(place[0], key_place, visible, self.causal, self.window)
-        executed: Array | int = t * k.shape[1]
-        sparse = self.pattern is not None and t >= max(self.pattern_from, 2)
-        if sparse:
-            mixed, executed = self._sparse(q, k, v, sight)
-        elif cache is not None:
-            mixed, executed = attend_seen(q, k, v, sight)
-        else:
-            everything = real is None and visible is None and not self.causal
-            mixed = attend(q, k, v, None if everything else sight.all())
+            mix = functools.partial(self._mix, place=place, visible=visible)
+            plain = self.causal and self.window is None and visible is None
+            asked = Asked(q, k, v, positions, place, real, self._turn, mix, plain)
+            seen = cache.seen()
+            cache, mixed, work = cache.policy.attend(cache, asked)
+            if work.needed is None:
+                work = dataclasses.replace(work, needed=self._needed(asked, cache, seen, visible))
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
-        pairs = sight.all() if self.window is not None or visible is not None else None
-        events = self._events(t, executed, real, earlier, pairs, sparse=sparse)
-        return y, Aux(events=events, cache=cache)
+        return y, Aux(events=self._events(real, b, t, work), cache=cache)
+
+    def _whole(self, q, k, v, positions, place, real, visible) -> tuple[Array, Work]:
+        """Without a cache."""
+        b, t = q.shape[:2]
+        key_place = place[None] if real is None else jnp.where(real, place[None], -1)
+        q, k = self._turn(q, positions), self._turn(k, positions)
+        sight = Sight(place, key_place, visible, self.causal, self.window)
+        if self._sparse_from(t):
+            mixed, pairs = self._sparse(q, k, v, sight)
+            return mixed, Work(pairs, jnp.broadcast_to(pairs, (b,)))
+        everything = real is None and visible is None and not self.causal
+        mixed = attend(q, k, v, None if everything else sight.all())
+        seen = None if self.window is None and visible is None else sight
+        return mixed, Work(jnp.int32(t * t), self._dense(b, t, real, jnp.int32(0), seen))
+
+    def _mix(self, q, k, v, key_place, *, place, visible, **more) -> tuple[Array, Array]:
+        """Attention of new positions over the slots of a cache, as `Asked.mix` tells."""
+        sight = Sight(place, key_place, visible, self.causal, self.window)
+        sight = dataclasses.replace(sight, **more) if more else sight
+        if self._sparse_from(q.shape[1]) and not more:
+            return self._sparse(q, k, v, sight)
+        return attend_seen(q, k, v, sight)
+
+    def _sparse_from(self, t: int) -> bool:
+        return self.pattern is not None and t >= max(self.pattern_from, 2)
+
+    def _needed(self, asked: Asked, cache: Any, seen: Array, visible: Array | None) -> Array:
+        """Pairs that dense attention needs behind ``seen`` tokens."""
+        b, t = asked.q.shape[:2]
+        if self.window is None and visible is None:
+            return self._dense(b, t, asked.real, seen, None)
+        sight = Sight(asked.place, cache.positions, visible, self.causal, self.window)
+        return self._dense(b, t, asked.real, seen, sight)
+
+    def _dense(self, b: int, t: int, real, earlier: Array, sight: Sight | None) -> Array:
+        """By a closed form, or by the table of a window (which counts padded slots) or a tree: [b]."""
+        if sight is not None:
+            pairs = sight.all() if real is None else sight.all() & real[:, :, None]
+            return jnp.broadcast_to(jnp.sum(pairs, axis=(1, 2), dtype=jnp.int32), (b,))
+        tokens = _tokens(real, b, t)
+        own = tokens * (tokens + 1) // 2 if self.causal else tokens * tokens
+        return own + tokens * earlier
 
     def _sparse(self, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
         """The pattern's values and pairs.
@@ -163,16 +202,18 @@ class Attention(nn.Module):
         mixed, pairs = self.pattern()(q, k, v, sight)
         return mixed, jnp.round(pairs).astype(jnp.int32)
 
-    def _placed(self, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
-        """Queries and keys with their norms and their positions."""
-        if self.qk_norm:
-            q, k = (self._head_norm(x, name) for x, name in ((q, "q_norm"), (k, "k_norm")))
-        if self.rope_theta is None:
+    def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
+        if not self.qk_norm:
             return q, k
+        return self._head_norm(q, "q_norm"), self._head_norm(k, "k_norm")
+
+    def _turn(self, x: Float[Array, "b n k p"], positions: Int[Array, "#b n"]) -> Array:
+        """With positions."""
+        if self.rope_theta is None:
+            return x
         scaling = self.rope_scaling
-        angles = rope_angles(positions, q.shape[-1], self.rope_theta, scaling)
-        amplitude = 1.0 if scaling is None else scaling.amplitude
-        return rotate(q, angles, amplitude), rotate(k, angles, amplitude)
+        angles = rope_angles(positions, x.shape[-1], self.rope_theta, scaling)
+        return rotate(x, angles, 1.0 if scaling is None else scaling.amplitude)
 
     def _head_norm(self, x: Array, name: str) -> Array:
         ones, dtype = nn.initializers.ones_init(), self.dtypes.param
@@ -205,35 +246,15 @@ class Attention(nn.Module):
             y = y + shift.astype(y.dtype)[None, None]
         return y
 
-    def _events(
-        self,
-        t: int,
-        executed: Array | int,
-        real: Array | None,
-        earlier: Array,
-        visible: Array | None,
-        *,
-        sparse: bool = False,
-    ) -> dict[str, Count]:
-        """Counts of t new positions behind ``earlier`` [b] real tokens; ``executed`` pairs ran for each sequence.
-
-        ``visible`` [b t s] is given where a closed form would not do: a tree, or a window, which counts padded slots.
-        """
-        b = earlier.shape[0]
-        tokens = (
-            jnp.full((b,), t, jnp.int32) if real is None else jnp.sum(real, axis=1, dtype=jnp.int32)
-        )
-        own = tokens * (tokens + 1) // 2 if self.causal else tokens * tokens
-        needed = own + tokens * earlier
-        if visible is not None:
-            pairs = visible if real is None else visible & real[:, :, None]
-            needed = jnp.broadcast_to(jnp.sum(pairs, axis=(1, 2), dtype=jnp.int32), (b,))
-        if sparse:
-            needed = jnp.broadcast_to(jnp.asarray(executed, jnp.int32), (b,))
-        return {
-            "projections": count(jnp.sum(tokens), b * t),
-            **pair_events(needed, executed),
+    def _events(self, real: Array | None, b: int, t: int, work: Work) -> dict[str, Count]:
+        assert work.needed is not None
+        events = {
+            "projections": count(jnp.sum(_tokens(real, b, t)), b * t),
+            **pair_events(work.needed, work.pairs),
         }
+        if work.scored is not None:
+            events["scored"] = count(b * work.scored, b * work.scored)
+        return events
 
     def cost(self, d_model: int, length: int) -> dict[str, Cost]:
         """Price of a token's projections, of a pair and of a block of pairs (the length is in the counts)."""
@@ -246,6 +267,7 @@ class Attention(nn.Module):
             "projections": Cost(2 * d_model * width, (2 * d_model + width) * item),
             "pair_blocks": pair * PAIR_BLOCK,
             "pairs": pair,
+            "scored": Cost(2 * h * p),
         }
 
     def init_cache(self, d_model: int, batch: int, max_length: int) -> Any:
@@ -253,3 +275,8 @@ class Attention(nn.Module):
         check_factory(self.cache, "Attention.cache")
         _, g, p = self.sizes(d_model)
         return self.cache(max_length=max_length).init(batch, g, p, self.dtypes.compute)
+
+
+def _tokens(real: Bool[Array, "b t"] | None, b: int, t: int) -> Int[Array, "b"]:
+    """Real positions of each row."""
+    return jnp.full((b,), t, jnp.int32) if real is None else jnp.sum(real, axis=1, dtype=jnp.int32)

@@ -1,22 +1,57 @@
 """Key/value caches: a frozen policy (how) and an explicit pytree (what).
 
-A policy has ``init(...) -> state`` and ``extend(state, k, v) -> (state, keys, values, positions)``. The state names
-its policy as static data, so attention needs nothing but the state, and jit can donate it.
+A policy has ``init(...) -> state``, ``attend(state, asked) -> (state, mixed, work)`` and ``truncate(state, length)``.
+The state names its policy as static data, so attention needs nothing but the state, and jit can donate it. This file
+keeps everything; policies that keep less or read less are in files of their own.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from dyncomp.attention.asked import Asked, Work
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
 
 
+@runtime_checkable
+class CachePolicy(Protocol):
+    """What ``Attention.cache`` makes, called with ``max_length``."""
+
+    def init(self, batch: int, kv_heads: int, head_dim: int, dtype: str = "float32") -> Any:
+        """An empty state, a `CacheState`."""
+        ...
+
+    def attend(self, cache: Any, asked: Asked) -> tuple[Any, Float[Array, "b t h p"], Work]:
+        """Takes in the new positions; what they read, and what that cost."""
+        ...
+
+    def truncate(self, cache: Any, length: Array) -> Any:
+        """Without the places from ``length`` ([] or [b]) on, which may not have displaced others."""
+        ...
+
+
+class CacheState:
+    """Marks the states of policies among pytrees.
+
+    Attributes:
+      length: int32 [], places given out so far, the same for every sequence.
+      policy: the policy that made it (static).
+    """
+
+    length: Any
+    policy: Any
+
+    def seen(self) -> Int[Array, "b"]:
+        """How many real tokens each sequence can still look at."""
+        raise NotImplementedError
+
+
 @struct.dataclass
-class KVCache:
+class KVCache(CacheState):
     """Keys and values of the positions seen so far; scanned layers stack it along a leading axis.
 
     Attributes:
@@ -94,6 +129,19 @@ class FullCache:
         state = KVCache(keys, values, positions, cache.length + new, self)
         return state, keys, values, positions
 
+    def attend(self, cache: KVCache, asked: Asked) -> tuple[KVCache, Float[Array, "b t h p"], Work]:
+        """Everything that the mixer lets a position see."""
+        q, k = asked.turned()
+        cache, keys, values, key_place = self.extend(cache, k, asked.v, asked.real)
+        mixed, pairs = asked.mix(q, keys.astype(q.dtype), values.astype(q.dtype), key_place)
+        return cache, mixed, Work(pairs)
+
+    def truncate(self, cache: KVCache, length: Int[Array, ""] | Int[Array, "b"]) -> KVCache:
+        """They are written again."""
+        place = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None]
+        positions = jnp.where(place < jnp.reshape(length, (-1, 1)), cache.positions, -1)
+        return KVCache(cache.keys, cache.values, positions, jnp.max(length), cache.policy)
+
 
 def push_newest(cache: KVCache, source: KVCache) -> KVCache:
     """``cache`` with one more slot, a copy of the newest of ``source``."""
@@ -116,14 +164,12 @@ def replace_newest(cache: KVCache, source: KVCache, rows: Bool[Array, "b"]) -> K
     return KVCache(keys, values, cache.positions, cache.length, cache.policy)
 
 
-def truncate(cache: KVCache, length: Int[Array, ""] | Int[Array, "b"]) -> KVCache:
-    """``cache`` without the slots from ``length`` on: they count as empty and are written again.
+def truncate(cache: Any, length: Int[Array, ""] | Int[Array, "b"]) -> Any:
+    """A `CacheState` without the slots from ``length`` on: they count as empty and are written again.
 
     With a length for each row, shorter rows keep empty slots up to the longest.
     """
-    place = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(place < jnp.reshape(length, (-1, 1)), cache.positions, -1)
-    return KVCache(cache.keys, cache.values, positions, jnp.max(length), cache.policy)
+    return cache.policy.truncate(cache, length)
 
 
 def keep_slots(cache: KVCache, start: Int[Array, ""], slots: Int[Array, "b p"]) -> KVCache:

@@ -21,6 +21,7 @@ class Sight:
       visible: bool [#b t w], of the newest w slots which ones each query may see (w = t: a tree); None for all.
       causal: a query sees no key behind itself (static).
       window: a query sees itself and the ``window - 1`` places before it; None for all (static).
+      anchored: bool [#b s], slots that a window does not hide (attention sinks); None for none.
     """
 
     place: Any  # unchecked: jax also builds trees of cotangents
@@ -28,6 +29,7 @@ class Sight:
     visible: Any = None
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
+    anchored: Any = None
 
     def all(self) -> Bool[Array, "#b t s"]:
         """The whole table."""
@@ -43,7 +45,11 @@ class Sight:
         if self.causal:
             seen = seen & (keys <= place)
         if self.window is not None:
-            seen = seen & (keys > place - self.window)
+            near = keys > place - self.window
+            if self.anchored is not None:
+                held = lax.dynamic_slice_in_dim(self.anchored, column, columns, axis=1)
+                near = near | held[:, None, :]
+            seen = seen & near
         if self.visible is None:
             return seen
         told = lax.dynamic_slice_in_dim(self.visible, row, rows, axis=1)
@@ -58,16 +64,20 @@ class Sight:
         """
         keys = self.key_place
         blocks = -(-keys.shape[1] // columns)
-        keys = jnp.pad(
-            keys, ((0, 0), (0, blocks * columns - keys.shape[1])), constant_values=-1
+        split = lambda x, fill: jnp.pad(
+            x, ((0, 0), (0, blocks * columns - x.shape[1])), constant_values=fill
         ).reshape(-1, blocks, columns)
+        keys = split(keys, -1)
         lowest = jnp.min(jnp.where(keys >= 0, keys, UNSEEN), axis=(0, 2))
         highest = jnp.max(keys, axis=(0, 2))
         wanted = highest >= 0
         if self.causal:
             wanted = wanted & (lowest <= self.place[jnp.minimum(row + rows, len(self.place)) - 1])
         if self.window is not None:
-            wanted = wanted & (highest > self.place[row] - self.window)
+            near = highest > self.place[row] - self.window
+            if self.anchored is not None:
+                near = near | jnp.any(split(self.anchored, False), axis=(0, 2))
+            wanted = wanted & near
         first = jnp.argmax(wanted).astype(jnp.int32)
         past = jnp.int32(blocks) - jnp.argmax(wanted[::-1]).astype(jnp.int32)
         return first, jnp.where(jnp.any(wanted), past, first + 1)

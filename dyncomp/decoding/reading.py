@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dyncomp.attention import KVCache, truncate
+from dyncomp.attention import CacheState, truncate
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int
 from dyncomp.decoding.net import Net
@@ -85,13 +85,13 @@ def check_rows(model: DecoderLM, rows: int) -> None:
         )
 
 
-def each_cache(fn: Callable[[KVCache], KVCache], cache: Any) -> Any:
+def each_cache(fn: Callable[[Any], Any], cache: Any) -> Any:
     """``fn`` on every layer's cache."""
     return jax.tree.map(fn, cache, is_leaf=_is_cache)
 
 
 def _is_cache(node: Any) -> bool:
-    return isinstance(node, KVCache)
+    return isinstance(node, CacheState)
 
 
 def newest(x: Float[Array, "b t d"], counts: Int[Array, "b"]) -> Float[Array, "b 1 d"]:

@@ -1,0 +1,1 @@
+"""Attention of single new positions over some slots of a cache."""
