@@ -13,6 +13,8 @@ from dyncomp.attention.cache import (
     replace_newest,
     truncate,
 )
+from dyncomp.attention.forgetting import SinkWindow
+from dyncomp.attention.hitters import HeavyHitters
 from dyncomp.attention.patterns import (
     AShape,
     Pattern,
@@ -23,6 +25,7 @@ from dyncomp.attention.patterns import (
 )
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.sight import Sight
+from dyncomp.attention.token_selection import TokenSelection
 
 __all__ = [
     "AShape",
@@ -31,11 +34,14 @@ __all__ = [
     "CachePolicy",
     "CacheState",
     "FullCache",
+    "HeavyHitters",
     "KVCache",
     "Pattern",
     "PerHead",
     "RopeScaling",
     "Sight",
+    "SinkWindow",
+    "TokenSelection",
     "TopBlocks",
     "VerticalSlash",
     "Work",

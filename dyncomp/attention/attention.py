@@ -273,8 +273,9 @@ class Attention(nn.Module):
     def init_cache(self, d_model: int, batch: int, max_length: int) -> Any:
         """An empty cache of this layer, in the compute dtype."""
         check_factory(self.cache, "Attention.cache")
-        _, g, p = self.sizes(d_model)
-        return self.cache(max_length=max_length).init(batch, g, p, self.dtypes.compute)
+        h, g, p = self.sizes(d_model)
+        policy = self.cache(max_length=max_length)
+        return policy.init(batch, g, p, self.dtypes.compute, heads=h)
 
 
 def _tokens(real: Bool[Array, "b t"] | None, b: int, t: int) -> Int[Array, "b"]:
