@@ -25,7 +25,7 @@ class Asked:
       real: bool [b t], False for padding; None where there is none.
       turn: (x [b n heads p], positions [#b n]) -> x with its positions.
       mix: (q, k, v, key_place [b s], **more) -> (mixed, pairs): attention as the mixer would do it without a policy:
-        causal by places, its window, its tree, its pattern. ``more`` is ``place`` of other queries, and what `Sight` takes.
+        causal by places, its window, its tree, its pattern. ``more`` is what `Sight` takes, ``place`` included.
       plain: the mixer is causal, with no window and no tree of its own.
     """
 
@@ -85,7 +85,8 @@ def in_chunks(
 ) -> tuple[Any, Float[Array, "b t h p"], Work]:
     """``step`` over pieces of at most ``size`` positions, in order; each sees the state that the one before left.
 
-    All but passes of at most ``size`` positions are padded to whole pieces, and the work of padding counts.
+    Passes of more than ``size`` positions are padded to whole pieces, and the work of padding counts; a state that
+    counts places must be given the right count afterwards.
     """
     t = asked.q.shape[1]
     if t <= size:

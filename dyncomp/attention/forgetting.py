@@ -36,6 +36,8 @@ class SinkWindow:
                 " use 1 or more (sink: 0 or more)"
             )
 
+    forgets = True
+
     @property
     def slots(self) -> int:
         """Of the cache."""
@@ -57,7 +59,8 @@ class SinkWindow:
     def attend(self, cache: KVCache, asked: Asked) -> tuple[KVCache, Float[Array, "b t h p"], Work]:
         """Piece by piece."""
         asked.check_plain(self)
-        return in_chunks(asked, self.piece, cache, self._step)
+        after, mixed, work = in_chunks(asked, self.piece, cache, self._step)
+        return dataclasses.replace(after, length=cache.length + asked.q.shape[1]), mixed, work
 
     def truncate(self, cache: KVCache, length: Int[Array, ""] | Int[Array, "b"]) -> KVCache:
         """Places from ``length`` on are forgotten; what they displaced does not come back."""

@@ -66,6 +66,8 @@ class HeavyHitters:
                 " 1 <= recent < budget"
             )
 
+    forgets = True
+
     @property
     def slots(self) -> int:
         """Of the cache."""
