@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -57,7 +58,7 @@ class Attention(nn.Module):
       eps: of that norm.
       cache: factory of a cache policy, called with ``max_length``.
       pattern: factory of a sparse pattern (`attention.Pattern`) for passes of ``pattern_from`` positions and more;
-        shorter ones and single tokens are dense. None for none. Its pairs are both needed and executed.
+        shorter ones and single tokens are dense. None for none.
     """
 
     heads: int
@@ -110,6 +111,8 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Mixes positions.
 
+        ``capture=("heads",)`` puts queries, keys and values into the plans.
+
         Args:
           x: compute dtype.
           positions: what RoPE sees; default the place in the sequence. Causality follows the order of x.
@@ -134,7 +137,7 @@ class Attention(nn.Module):
             cache, k, v, key_place = cache.policy.extend(cache, k, v, real)
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         sight = Sight(place[0], key_place, visible, self.causal, self.window)
-        executed: Array | int = t * k.shape[1]
+        executed: Array | int | Count = t * k.shape[1]
         sparse = self.pattern is not None and t >= max(self.pattern_from, 2)
         if sparse:
             mixed, executed = self._sparse(q, k, v, sight)
@@ -145,11 +148,12 @@ class Attention(nn.Module):
             mixed = attend(q, k, v, None if everything else sight.all())
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
         pairs = sight.all() if self.window is not None or visible is not None else None
-        events = self._events(t, executed, real, earlier, pairs, sparse=sparse)
-        return y, Aux(events=events, cache=cache)
+        events = self._events(t, executed, real, earlier, pairs)
+        plans = {"heads": {"q": q, "k": k, "v": v}} if "heads" in capture else {}
+        return y, Aux(events=events, cache=cache, plans=plans)
 
-    def _sparse(self, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
-        """The pattern's values and pairs.
+    def _sparse(self, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Count]:
+        """The pattern's values and pairs. What it decides at run time lies under ``controls``, at ``pattern``.
 
         Raises:
           DyncompError: a pattern together with a window, with ``visible``, or without causality.
@@ -160,8 +164,11 @@ class Attention(nn.Module):
             )
         assert self.pattern is not None
         check_factory(self.pattern, "Attention.pattern")
-        mixed, pairs = self.pattern()(q, k, v, sight)
-        return mixed, jnp.round(pairs).astype(jnp.int32)
+        told = self.get_variable("controls", "pattern")
+        given = () if told is None else (told,)
+        mixed, pairs = self.pattern()(q, k, v, sight, *given)
+        pairs = pairs if isinstance(pairs, Count) else Count(pairs, pairs)
+        return mixed, jax.tree.map(lambda x: jnp.round(x).astype(jnp.int32), pairs)
 
     def _placed(self, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
         """Queries and keys with their norms and their positions."""
@@ -208,12 +215,10 @@ class Attention(nn.Module):
     def _events(
         self,
         t: int,
-        executed: Array | int,
+        executed: Array | int | Count,
         real: Array | None,
         earlier: Array,
         visible: Array | None,
-        *,
-        sparse: bool = False,
     ) -> dict[str, Count]:
         """Counts of t new positions behind ``earlier`` [b] real tokens; ``executed`` pairs ran for each sequence.
 
@@ -228,8 +233,8 @@ class Attention(nn.Module):
         if visible is not None:
             pairs = visible if real is None else visible & real[:, :, None]
             needed = jnp.broadcast_to(jnp.sum(pairs, axis=(1, 2), dtype=jnp.int32), (b,))
-        if sparse:
-            needed = jnp.broadcast_to(jnp.asarray(executed, jnp.int32), (b,))
+        if isinstance(executed, Count):  # of a pattern
+            needed, executed = jnp.broadcast_to(executed.needed, (b,)), executed.executed
         return {
             "projections": count(jnp.sum(tokens), b * t),
             **pair_events(needed, executed),
