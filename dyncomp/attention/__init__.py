@@ -19,16 +19,30 @@ from dyncomp.attention.patterns import (
     head_errors,
 )
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.sampled import (
+    DroppedWeights,
+    KeySets,
+    RandomKeys,
+    Sampled,
+    Sampler,
+    ShuffledWindows,
+)
 from dyncomp.attention.sight import Sight
 
 __all__ = [
     "AShape",
     "Attention",
+    "DroppedWeights",
     "FullCache",
     "KVCache",
+    "KeySets",
     "Pattern",
     "PerHead",
+    "RandomKeys",
     "RopeScaling",
+    "Sampled",
+    "Sampler",
+    "ShuffledWindows",
     "Sight",
     "TopBlocks",
     "VerticalSlash",

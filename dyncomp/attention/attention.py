@@ -8,6 +8,7 @@ from flax import linen as nn
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.cache import FullCache, KVCache
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.sampled import Sampled
 from dyncomp.attention.sight import Sight
 from dyncomp.core.aux import Aux, Count, count
 from dyncomp.core.dtypes import DTypes
@@ -58,6 +59,9 @@ class Attention(nn.Module):
       cache: factory of a cache policy, called with ``max_length``.
       pattern: factory of a sparse pattern (`attention.Pattern`) for passes of ``pattern_from`` positions and more;
         shorter ones and single tokens are dense. None for none. Its pairs are both needed and executed.
+      sampler: factory of sampled attention (`attention.Sampler`): for passes with ``train=True``, and for any pass
+        that is given the random stream "dropout" (self-ensembles); all others are as if there were none. Adds the
+        event ``draws`` (per token).
     """
 
     heads: int
@@ -74,6 +78,7 @@ class Attention(nn.Module):
     cache: Factory = FullCache
     pattern: Factory | None = None
     pattern_from: int = 2
+    sampler: Factory | None = None
     dtypes: DTypes = DTypes()
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
@@ -135,9 +140,16 @@ class Attention(nn.Module):
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         sight = Sight(place[0], key_place, visible, self.causal, self.window)
         executed: Array | int = t * k.shape[1]
-        sparse = self.pattern is not None and t >= max(self.pattern_from, 2)
-        if sparse:
+        asked, plans = None, {}
+        sampled = self.sampler is not None and (train or self.has_rng("dropout"))
+        if sampled:
+            drawn = self._sampled(q, k, v, sight, cache)
+            mixed, asked, executed = drawn.mixed, drawn.needed, drawn.executed
+            if "plan" in capture and drawn.plan is not None:
+                plans = {"sampled": drawn.plan}
+        elif self.pattern is not None and t >= max(self.pattern_from, 2):
             mixed, executed = self._sparse(q, k, v, sight)
+            asked = jnp.broadcast_to(executed, (b,))
         elif cache is not None:
             mixed, executed = attend_seen(q, k, v, sight)
         else:
@@ -145,8 +157,26 @@ class Attention(nn.Module):
             mixed = attend(q, k, v, None if everything else sight.all())
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
         pairs = sight.all() if self.window is not None or visible is not None else None
-        events = self._events(t, executed, real, earlier, pairs, sparse=sparse)
-        return y, Aux(events=events, cache=cache)
+        events = self._events(t, executed, real, earlier, pairs, asked)
+        if self.sampler is not None:
+            tokens = events["projections"]
+            events["draws"] = tokens if sampled else count(0)
+        return y, Aux(events=events, cache=cache, plans=plans)
+
+    def _sampled(self, q: Array, k: Array, v: Array, sight: Sight, cache: Any) -> Sampled:
+        """A fresh draw.
+
+        Raises:
+          DyncompError: a cache, a window or ``visible``.
+        """
+        if cache is not None or self.window is not None or sight.visible is not None:
+            raise DyncompError(
+                "Attention.sampler goes without a cache, a window and visible; leave out the stream 'dropout' (then"
+                " the pass is dense) or the other one"
+            )
+        assert self.sampler is not None
+        check_factory(self.sampler, "Attention.sampler")
+        return self.sampler()(self.make_rng("dropout"), q, k, v, sight)
 
     def _sparse(self, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
         """The pattern's values and pairs.
@@ -212,12 +242,12 @@ class Attention(nn.Module):
         real: Array | None,
         earlier: Array,
         visible: Array | None,
-        *,
-        sparse: bool = False,
+        asked: Array | None,
     ) -> dict[str, Count]:
         """Counts of t new positions behind ``earlier`` [b] real tokens; ``executed`` pairs ran for each sequence.
 
         ``visible`` [b t s] is given where a closed form would not do: a tree, or a window, which counts padded slots.
+        ``asked`` [b] are the pairs that a pattern or a sampler needed.
         """
         b = earlier.shape[0]
         tokens = (
@@ -228,21 +258,27 @@ class Attention(nn.Module):
         if visible is not None:
             pairs = visible if real is None else visible & real[:, :, None]
             needed = jnp.broadcast_to(jnp.sum(pairs, axis=(1, 2), dtype=jnp.int32), (b,))
-        if sparse:
-            needed = jnp.broadcast_to(jnp.asarray(executed, jnp.int32), (b,))
+        if asked is not None:
+            needed = asked
         return {
             "projections": count(jnp.sum(tokens), b * t),
             **pair_events(needed, executed),
         }
 
     def cost(self, d_model: int, length: int) -> dict[str, Cost]:
-        """Price of a token's projections, of a pair and of a block of pairs (the length is in the counts)."""
-        del length
+        """Price of a token's projections, of a pair and of a block of pairs (the length is in the counts).
+
+        And of a token's share in drawing, where there is a sampler.
+        """
         h, g, p = self.sizes(d_model)
         width = (2 * h + 2 * g) * p
         item = self.dtypes.compute_itemsize
         pair = Cost(4 * h * p)
+        drawn = (
+            {} if self.sampler is None else {"draws": self.sampler().cost((h, g, p), length, item)}
+        )
         return {
+            **drawn,
             "projections": Cost(2 * d_model * width, (2 * d_model + width) * item),
             "pair_blocks": pair * PAIR_BLOCK,
             "pairs": pair,
