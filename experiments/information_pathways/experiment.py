@@ -47,7 +47,7 @@ METRICS = {
     "accuracy": {"text": "images: validation accuracy after the dense phase"},
     "accuracy_before": {"text": "images: the same before it"},
 }  # fmt: skip
-BATCHES, SIZES = 20, (1, 2, 4, 8, 16)
+BATCHES, IMAGE_BATCHES, SIZES = 30, 80, (1, 2, 4, 8, 16)
 QUICK = [
     "D_MODEL=16", "HIDDEN=24", "HEADS=2", "KV_HEADS=2", "DEPTH=1", "CONTEXT=32", "BATCH=2", "STEPS=3",
     "TUNE_STEPS=2", "IMAGE_DEPTH=1", "IMAGE_STEPS=3", "IMAGE_TUNE_STEPS=2", "IMAGE_BATCH=4",
@@ -89,7 +89,7 @@ class Seed:
         kind = "image" if name.startswith("image") else "text"
         plain = self.runs["image_dense" if kind == "image" else "dense"]
         evaluator = self.programs.setdefault(kind, Evaluator(plain))
-        limit = self.batches if kind == "text" or self.quick else None
+        limit = self.batches if kind == "text" or self.quick else IMAGE_BATCHES
         return evaluator(variables, split, limit)["quality"]
 
     def ensembles(self, name: str, variables: Any) -> np.ndarray:
