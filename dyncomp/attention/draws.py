@@ -33,6 +33,13 @@ def shuffled_order(
     )
 
 
+def inverse(order: Int[Array, "x s"]) -> Int[Array, "x s"]:
+    """The place of each position in an order: ``inverse(order)[order[i]] = i``."""
+    place = jnp.arange(order.shape[1], dtype=jnp.int32)
+    turn = lambda row: jnp.zeros_like(place).at[row].set(place, unique_indices=True)
+    return jax.vmap(turn)(order)
+
+
 def take_rows(x: Float[Array, "x s g p"], index: Int[Array, "x m"]) -> Float[Array, "x m g p"]:
     """Rows of each sequence; ascending, distinct indices."""
     take = lambda one, rows: one.at[rows].get(unique_indices=True, indices_are_sorted=True)

@@ -17,6 +17,7 @@ from flax import struct
 from dyncomp.attention.attend import attend, scores_of, weighted
 from dyncomp.attention.draws import (
     example_keys,
+    inverse,
     permuted,
     random_subset,
     shuffled_order,
@@ -159,7 +160,7 @@ class ShuffledWindows:
         order = shuffled_order(key, place >= 0, self.sigma)
         fill = jnp.broadcast_to(jnp.arange(t, c * w, dtype=jnp.int32), (x, c * w - t))
         order = jnp.concatenate([order, fill], axis=1)
-        back = jnp.argsort(order, axis=1)
+        back = inverse(order)
         widen = lambda a: jnp.pad(a, ((0, 0), (0, c * w - t), (0, 0), (0, 0)))
         cut = lambda a: permuted(widen(a), order, back).reshape(x * c, w, *a.shape[2:])
         held = jnp.pad(place, ((0, 0), (0, c * w - t)), constant_values=-1)
