@@ -27,6 +27,14 @@ from dyncomp.attention.patterns import (
     head_errors,
 )
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.sampled import (
+    DroppedWeights,
+    KeySets,
+    RandomKeys,
+    Sampled,
+    Sampler,
+    ShuffledWindows,
+)
 from dyncomp.attention.search import compare, compare_patterns, fit_slash
 from dyncomp.attention.sight import Sight
 from dyncomp.attention.token_selection import TokenSelection
@@ -39,15 +47,21 @@ __all__ = [
     "CachePolicy",
     "CacheState",
     "Chosen",
+    "DroppedWeights",
     "Everything",
     "FrozenLines",
     "FullCache",
     "HeavyHitters",
     "KVCache",
+    "KeySets",
     "Pattern",
     "PerHead",
     "RandomBlocks",
+    "RandomKeys",
     "RopeScaling",
+    "Sampled",
+    "Sampler",
+    "ShuffledWindows",
     "Sight",
     "SinkWindow",
     "TokenSelection",

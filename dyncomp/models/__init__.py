@@ -3,6 +3,7 @@
 from dyncomp.models.apart import apart, with_mixers
 from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
+from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.head_patterns import (
@@ -43,12 +44,14 @@ __all__ = [
     "apply",
     "block_outputs",
     "block_places",
+    "ensemble_nll",
     "is_stacked",
     "join_blocks",
     "kv_cost",
     "layer_caches",
     "read_heads",
     "search_patterns",
+    "self_ensemble",
     "stack",
     "unstack",
     "with_layer_caches",

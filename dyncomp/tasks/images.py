@@ -146,13 +146,28 @@ class FashionMNIST(ImageTask):
 
     Attributes:
       path: folder of the IDX files; default ``$FASHION_MNIST`` or where Debian's package puts them.
+      train_size: train on the first so many images only; 0 for all.
     """
 
     path: str | None = None
+    train_size: int = 0
 
     def arrays(self) -> Mapping[str, Arrays]:
-        """All four splits."""
-        return _fashion(self.path or os.environ.get("FASHION_MNIST") or FASHION_FOLDER)
+        """All four splits.
+
+        Raises:
+          DyncompError: fewer than no images, or more than there are.
+        """
+        found = _fashion(self.path or os.environ.get("FASHION_MNIST") or FASHION_FOLDER)
+        images = len(found["train"]["inputs"])
+        if not 0 <= self.train_size <= images:
+            raise DyncompError(
+                f"FashionMNIST.train_size={self.train_size}: use at most {images}, or 0 for all"
+            )
+        if not self.train_size:
+            return found
+        few = {name: values[: self.train_size] for name, values in found["train"].items()}
+        return {**found, "train": few}
 
 
 @dataclasses.dataclass(frozen=True)
