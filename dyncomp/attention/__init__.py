@@ -2,6 +2,7 @@
 
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.attention import Attention
+from dyncomp.attention.bilevel import BiLevelRouting, RegionPlan
 from dyncomp.attention.cache import (
     FullCache,
     KVCache,
@@ -10,6 +11,7 @@ from dyncomp.attention.cache import (
     replace_newest,
     truncate,
 )
+from dyncomp.attention.depthwise import DepthwiseConv
 from dyncomp.attention.patterns import (
     AShape,
     Pattern,
@@ -18,16 +20,21 @@ from dyncomp.attention.patterns import (
     VerticalSlash,
     head_errors,
 )
+from dyncomp.attention.regions import Regions
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.sight import Sight
 
 __all__ = [
     "AShape",
     "Attention",
+    "BiLevelRouting",
+    "DepthwiseConv",
     "FullCache",
     "KVCache",
     "Pattern",
     "PerHead",
+    "RegionPlan",
+    "Regions",
     "RopeScaling",
     "Sight",
     "TopBlocks",
