@@ -15,6 +15,7 @@ from dyncomp.models.layout import (
 )
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
+from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.stopping import StoppingLM
@@ -22,12 +23,16 @@ from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
     "Block",
+    "ConvBlock",
     "DecoderLM",
     "ExitingClassifier",
     "Group",
     "GroupStack",
+    "HalvingConv",
+    "Level",
     "NestedLM",
     "Norm",
+    "Pyramid",
     "SkippingLM",
     "StoppingLM",
     "VisionTransformer",
