@@ -52,7 +52,7 @@ METRICS = {
     "kflops_image": {"text": "executed forward kFLOPs of a test image", "minimize": True},
 }
 ATTENTION = ("pairs", "pair_blocks", "region_pairs", "pooled")
-SHOWN = 3
+GARMENTS_SHOWN = 3
 
 
 def make(slug: str, arm: str, overrides: list[str], seed: int, quick: bool) -> Run:
@@ -117,12 +117,14 @@ def found_rate(batches: list[dict[str, Any]], indices: list[Any], side: int) -> 
     return 100.0 * hits / total
 
 
-def routes(batch: dict[str, Any], by_path: Any, levels: tuple[float, float]) -> dict[str, Any]:
+def routes(
+    batch: dict[str, Any], by_path: Any, levels: tuple[float, float], images: int
+) -> dict[str, Any]:
     """JSON data of the first images of a batch: pixels 0..255 and what the last routed block's regions read."""
     (index,) = by_path.values()
     low, high = levels
-    pixels = np.clip((batch["inputs"][:SHOWN] - low) / (high - low), 0, 1) * 255
-    return {"images": pixels.astype(int).tolist(), "index": index[-1][:SHOWN].tolist()}
+    pixels = np.clip((batch["inputs"][:images] - low) / (high - low), 0, 1) * 255
+    return {"images": pixels.astype(int).tolist(), "index": index[-1][:images].tolist()}
 
 
 def tiles(seed: int, quick: bool, workdir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,7 +148,7 @@ def tiles(seed: int, quick: bool, workdir: Path) -> tuple[dict[str, Any], dict[s
         batches, indices = choices(run, variables, 2 if quick else 30)
         results[arm]["found"] = found_rate(batches, indices, run.task.side)
         if arm in ("routed", "local", "random"):
-            shown[arm] = routes(batches[0], indices[0], (-1.0, 1.0))
+            shown[arm] = routes(batches[0], indices[0], (-1.0, 1.0), 1)
     return results, shown
 
 
@@ -162,8 +164,9 @@ def garments(seed: int, quick: bool, workdir: Path) -> tuple[dict[str, Any], dic
         results[arm] = tested(run, variables, quick)
         if name == "routed":
             batches, indices = choices(run, variables, 1)
-            low = float(batches[0]["inputs"].min())
-            shown[arm] = routes(batches[0], indices[0], (low, float(batches[0]["inputs"].max())))
+            pixels = batches[0]["inputs"]
+            levels = float(pixels.min()), float(pixels.max())
+            shown[arm] = routes(batches[0], indices[0], levels, GARMENTS_SHOWN)
     return results, shown
 
 

@@ -13,7 +13,7 @@ TILES = {
     "dense": "dense", "local": "local window, 4", "random": "random, 4", "soft": "soft routing, 4",
 }  # fmt: skip
 CURVES = {arm: TILES[arm] for arm in ("routed", "dense", "local", "random", "soft")}
-QUERY, READ = "white", "black"
+MARK = "white"
 
 
 def draw(results: dict[str, Any], outdir: Path) -> None:
@@ -41,11 +41,11 @@ def box(axes: Any, region: int, side: int, size: float, **style: Any) -> None:
 
 
 def on_tiles(rows: dict[str, Any], path: Path, queries: int = 4) -> None:
-    """One image for every query region: white dashes around it, black around what it reads in the last block."""
+    """One image for every query region: dashes around it, lines around what it reads in the last block."""
     image = np.asarray(rows["routed"]["images"][0], np.uint8)
     side = int(len(rows["routed"]["index"][0]) ** 0.5)
     size = len(image) / side
-    grey = image.std(axis=-1).reshape(side, int(size), side, int(size)).std(axis=(1, 3))
+    grey = image.mean(axis=-1).reshape(side, int(size), side, int(size)).std(axis=(1, 3))
     blank = np.flatnonzero(grey.ravel() < 1.0)[:queries]
     figure, grid = plt.subplots(
         len(rows), len(blank), figsize=(2.0 * len(blank), 2.1 * len(rows)), squeeze=False
@@ -55,10 +55,12 @@ def on_tiles(rows: dict[str, Any], path: Path, queries: int = 4) -> None:
             axes.imshow(image)
             axes.set(xticks=[], yticks=[])
             for region in one["index"][0][query]:
-                box(axes, region, side, size, color=READ)
-            box(axes, query, side, size, color=QUERY, ls="--")
+                box(axes, region, side, size, color=MARK)
+            box(axes, query, side, size, color=MARK, ls="--")
         line[0].set_ylabel(arm)
-    figure.suptitle("a blank tile (dashed) and the regions its last block reads", fontsize=9)
+    figure.suptitle(
+        "a blank tile (dashes) and the regions it reads in the last block (lines)", fontsize=9
+    )
     drawing.save(figure, path)
 
 
