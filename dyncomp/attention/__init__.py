@@ -4,6 +4,7 @@ from dyncomp.attention.asked import Asked, Work
 from dyncomp.attention.assigned import Assigned, Everything, FrozenLines
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.attention import Attention
+from dyncomp.attention.bilevel import BiLevelRouting, RegionPlan
 from dyncomp.attention.cache import (
     CachePolicy,
     CacheState,
@@ -15,6 +16,7 @@ from dyncomp.attention.cache import (
     truncate,
 )
 from dyncomp.attention.chosen import Chosen, attend_chosen
+from dyncomp.attention.depthwise import DepthwiseConv
 from dyncomp.attention.forgetting import SinkWindow
 from dyncomp.attention.hitters import HeavyHitters
 from dyncomp.attention.patterns import (
@@ -26,6 +28,7 @@ from dyncomp.attention.patterns import (
     VerticalSlash,
     head_errors,
 )
+from dyncomp.attention.regions import Regions
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.sampled import (
     DroppedWeights,
@@ -44,9 +47,11 @@ __all__ = [
     "Asked",
     "Assigned",
     "Attention",
+    "BiLevelRouting",
     "CachePolicy",
     "CacheState",
     "Chosen",
+    "DepthwiseConv",
     "DroppedWeights",
     "Everything",
     "FrozenLines",
@@ -58,6 +63,8 @@ __all__ = [
     "PerHead",
     "RandomBlocks",
     "RandomKeys",
+    "RegionPlan",
+    "Regions",
     "RopeScaling",
     "Sampled",
     "Sampler",

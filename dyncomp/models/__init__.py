@@ -23,6 +23,7 @@ from dyncomp.models.layout import (
 )
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
+from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.stopping import StoppingLM
@@ -30,13 +31,17 @@ from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
     "Block",
+    "ConvBlock",
     "DecoderLM",
     "ExitingClassifier",
     "Group",
     "GroupStack",
+    "HalvingConv",
     "HeadPatterns",
+    "Level",
     "NestedLM",
     "Norm",
+    "Pyramid",
     "SkippingLM",
     "StoppingLM",
     "VisionTransformer",

@@ -9,6 +9,7 @@ from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
 from dyncomp.tasks.stopping import StoppingObjective, exits_right
+from dyncomp.tasks.tiles import TwinTiles
 from dyncomp.tasks.token_classes import CLASSES, byte_classes, token_classes
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "StoppingObjective",
     "Task",
     "TextFiles",
+    "TwinTiles",
     "byte_classes",
     "exits_right",
     "token_classes",
