@@ -10,6 +10,9 @@ from dyncomp.attention.cache import (
     replace_newest,
     truncate,
 )
+from dyncomp.attention.clusters import ClusterPlan
+from dyncomp.attention.kmeans import AngularHash, KMeans, RandomClusters
+from dyncomp.attention.mixed_heads import MixedHeads
 from dyncomp.attention.patterns import (
     AShape,
     Pattern,
@@ -19,16 +22,23 @@ from dyncomp.attention.patterns import (
     head_errors,
 )
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.routed import RoutedAttention
 from dyncomp.attention.sight import Sight
 
 __all__ = [
     "AShape",
+    "AngularHash",
     "Attention",
+    "ClusterPlan",
     "FullCache",
+    "KMeans",
     "KVCache",
+    "MixedHeads",
     "Pattern",
     "PerHead",
+    "RandomClusters",
     "RopeScaling",
+    "RoutedAttention",
     "Sight",
     "TopBlocks",
     "VerticalSlash",

@@ -4,6 +4,7 @@ from dyncomp.models.apart import apart, with_mixers
 from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.exiting import ExitingClassifier
+from dyncomp.models.factored import FactoredLM
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.layout import (
     apply,
@@ -24,6 +25,7 @@ __all__ = [
     "Block",
     "DecoderLM",
     "ExitingClassifier",
+    "FactoredLM",
     "Group",
     "GroupStack",
     "NestedLM",
