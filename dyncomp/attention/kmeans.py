@@ -32,23 +32,16 @@ def centroids(sums: Float[Array, "h c p"], counts: Float[Array, "h c"]) -> Float
     return sums / jnp.where(total > 0, share * total, 1.0)[..., None]
 
 
-def moved(
-    sums: Float[Array, "h c p"],
-    counts: Float[Array, "h c"],
+def cluster_sums(
     x: Float[Array, "b h t p"],
     nearest: Int[Array, "b h t"],
+    clusters: int,
     real: Bool[Array, "b t"] | None,
-    decay: float,
 ) -> tuple[Float[Array, "h c p"], Float[Array, "h c"]]:
-    """Moving averages of sums and counts after one batch; padding counts nowhere.
-
-    Both are linear in the batch, so averages over parts of it or over devices are those of the whole batch.
-    """
-    hot = jax.nn.one_hot(nearest, counts.shape[-1], dtype=jnp.float32)
+    """Sum and number of the tokens of each cluster in a batch, float32; padding counts nowhere."""
+    hot = jax.nn.one_hot(nearest, clusters, dtype=jnp.float32)
     hot = hot if real is None else hot * real[:, None, :, None].astype(jnp.float32)
-    fresh = jnp.einsum("bhtc,bhtp->hcp", hot, x.astype(jnp.float32))
-    mix = lambda old, new: decay * old + (1 - decay) * new
-    return mix(sums, fresh), mix(counts, jnp.sum(hot, axis=(0, 2)))
+    return jnp.einsum("bhtc,bhtp->hcp", hot, x.astype(jnp.float32)), jnp.sum(hot, axis=(0, 2))
 
 
 class KMeans(nn.Module):
@@ -56,7 +49,8 @@ class KMeans(nn.Module):
 
     A score is the inner product with the centroid. The controls ``sums`` [h c p] and ``counts`` [h c] (float32) move
     once in a training pass, after they were read, and carry no gradient: standardised Gaussian vectors and zeros at
-    first, so that early centroids lean to their initial place, as released.
+    first, so that early centroids lean to their initial place, as released. Both are linear in the batch, so averages
+    over its parts or over devices are those of the whole batch.
 
     Loss ``commitment``: mean (x - mu)^2 to the nearest centroid over real tokens and elements, twice because queries
     and keys are the same. It moves x only.
@@ -64,16 +58,23 @@ class KMeans(nn.Module):
     Attributes:
       heads, clusters: h and c; every head has centroids of its own.
       decay: of the moving averages; the paper's 0.999 suits 100,000 steps.
+      balance: how far the control ``shift`` [h c], which is added to the scores, moves in a training pass: down for
+        clusters with more tokens than the mean, up for those with fewer (as the bias of `routers.SigmoidTopK`). 0 for
+        no such control, as published: there each cluster's fixed number of tokens balances the load. Where tokens
+        choose, nothing else does.
     """
 
     heads: int
     clusters: int
     decay: float = 0.999
+    balance: float = 0.0
     dtypes: DTypes = DTypes()
 
     def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise DyncompError(f"KMeans.decay={self.decay}: use [0, 1)")
+        if not 0 <= self.decay < 1 or self.balance < 0:
+            raise DyncompError(
+                f"KMeans: decay={self.decay}, balance={self.balance}; use [0, 1) and 0 or more"
+            )
         super().__post_init__()
 
     @nn.compact
@@ -93,12 +94,20 @@ class KMeans(nn.Module):
         mu = lax.stop_gradient(centroids(sums.value, counts.value))
         wide = x.astype(jnp.float32)
         scores = jnp.einsum("bhtp,hcp->bhtc", lax.stop_gradient(wide), mu)
+        shift = None
+        if self.balance:
+            shift = self.variable("controls", "shift", jnp.zeros, shape[:2], jnp.float32)
+            scores = scores + shift.value[None, :, None]
         nearest = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         gap = wide - mu[jnp.arange(self.heads)[None, :, None], nearest]
         losses = {"commitment": 2.0 * _mean(jnp.mean(gap * gap, axis=-1), real)}
         if train and self.is_mutable_collection("controls") and not self.is_initializing():
-            old = sums.value, counts.value
-            sums.value, counts.value = moved(*old, lax.stop_gradient(x), nearest, real, self.decay)
+            fresh, load = cluster_sums(lax.stop_gradient(x), nearest, self.clusters, real)
+            mix = lambda old, new: self.decay * old + (1 - self.decay) * new
+            sums.value, counts.value = mix(sums.value, fresh), mix(counts.value, load)
+            if shift is not None:
+                over = jnp.sign(load - jnp.mean(load, axis=-1, keepdims=True))
+                shift.value = shift.value - self.balance * over
         return scores, losses
 
     def cost(self, head_dim: int) -> Cost:
