@@ -68,7 +68,8 @@ def runs_of(seed: int, quick: bool) -> dict[str, Run]:
     smaller = QUICK if quick else []
     found = dict(config.load(SLUG, smaller).runs)
     for arm, override in CHANGED.items():
-        sized = [*smaller, *override]
+        names = {line.split("=")[0] for line in override}
+        sized = [*(line for line in smaller if line.split("=")[0] not in names), *override]
         found[f"recall_{arm}"] = config.load(SLUG, sized).runs["recall_routed"]
     return {name: run.replace(**change) for name, run in found.items()}
 
