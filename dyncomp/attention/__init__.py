@@ -16,9 +16,12 @@ from dyncomp.attention.cache import (
     truncate,
 )
 from dyncomp.attention.chosen import Chosen, attend_chosen
+from dyncomp.attention.clusters import ClusterPlan
 from dyncomp.attention.depthwise import DepthwiseConv
 from dyncomp.attention.forgetting import SinkWindow
 from dyncomp.attention.hitters import HeavyHitters
+from dyncomp.attention.kmeans import AngularHash, KMeans, RandomClusters
+from dyncomp.attention.mixed_heads import MixedHeads
 from dyncomp.attention.patterns import (
     AShape,
     Pattern,
@@ -30,6 +33,7 @@ from dyncomp.attention.patterns import (
 )
 from dyncomp.attention.regions import Regions
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.routed import RoutedAttention
 from dyncomp.attention.sampled import (
     DroppedWeights,
     KeySets,
@@ -44,6 +48,7 @@ from dyncomp.attention.token_selection import TokenSelection
 
 __all__ = [
     "AShape",
+    "AngularHash",
     "Asked",
     "Assigned",
     "Attention",
@@ -51,21 +56,26 @@ __all__ = [
     "CachePolicy",
     "CacheState",
     "Chosen",
+    "ClusterPlan",
     "DepthwiseConv",
     "DroppedWeights",
     "Everything",
     "FrozenLines",
     "FullCache",
     "HeavyHitters",
+    "KMeans",
     "KVCache",
     "KeySets",
+    "MixedHeads",
     "Pattern",
     "PerHead",
     "RandomBlocks",
+    "RandomClusters",
     "RandomKeys",
     "RegionPlan",
     "Regions",
     "RopeScaling",
+    "RoutedAttention",
     "Sampled",
     "Sampler",
     "ShuffledWindows",

@@ -5,6 +5,7 @@ from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
+from dyncomp.models.factored import FactoredLM
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.head_patterns import (
     HeadPatterns,
@@ -34,6 +35,7 @@ __all__ = [
     "ConvBlock",
     "DecoderLM",
     "ExitingClassifier",
+    "FactoredLM",
     "Group",
     "GroupStack",
     "HalvingConv",

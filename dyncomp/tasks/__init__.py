@@ -8,6 +8,7 @@ from dyncomp.tasks.library_text import LibraryText
 from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
+from dyncomp.tasks.recall import Recall, RecallObjective
 from dyncomp.tasks.stopping import StoppingObjective, exits_right
 from dyncomp.tasks.tiles import TwinTiles
 from dyncomp.tasks.token_classes import CLASSES, byte_classes, token_classes
@@ -25,6 +26,8 @@ __all__ = [
     "LibraryText",
     "Loader",
     "NestedObjective",
+    "Recall",
+    "RecallObjective",
     "Source",
     "StoppingObjective",
     "Task",
