@@ -13,6 +13,8 @@ from dyncomp.attention.cache import (
     replace_newest,
     truncate,
 )
+from dyncomp.attention.cluster_cache import ClusterCache, evicted, tuned
+from dyncomp.attention.cluster_selection import ClusterSelection
 from dyncomp.attention.patterns import (
     AShape,
     Pattern,
@@ -30,6 +32,8 @@ __all__ = [
     "Attention",
     "CachePolicy",
     "CacheState",
+    "ClusterCache",
+    "ClusterSelection",
     "FullCache",
     "KVCache",
     "Pattern",
@@ -41,6 +45,7 @@ __all__ = [
     "Work",
     "attend",
     "attend_seen",
+    "evicted",
     "head_errors",
     "keep_slots",
     "push_newest",
@@ -48,4 +53,5 @@ __all__ = [
     "rope_angles",
     "rotate",
     "truncate",
+    "tuned",
 ]

@@ -1,7 +1,7 @@
 """What a pass asks of a cache policy, and how a long pass is given to it in pieces."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Bool, Float, Int
+from dyncomp.core.typing import Array, Bool, Float, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Asked:
       mix: (q, k, v, key_place [b s], **more) -> (mixed, pairs): attention as the mixer would do it without a policy:
         causal by places, its window, its tree, its pattern. ``more`` goes to `Sight`.
       plain: the mixer is causal, with no window and no tree of its own.
+      below: what the layer below handed up (`CacheState.handed`); None where blocks run alone.
     """
 
     q: Float[Array, "b t h p"]
@@ -37,6 +38,7 @@ class Asked:
     turn: Callable[[Array, Array], Array]
     mix: Callable[..., tuple[Array, Array]]
     plain: bool = True
+    below: Mapping[str, Array] | None = None
 
     @property
     def mask(self) -> Bool[Array, "b t"]:
@@ -126,8 +128,8 @@ def dense_pairs(
     return jnp.sum(jnp.where(asked.mask, rank, 0), axis=1, dtype=jnp.int32)
 
 
-def put(x: Float[Array, "b s *n"], at: Int[Array, "b"], new: Float[Array, "b *n"]) -> Array:
-    """``x`` with one slot of each row replaced, in place where it is donated."""
+def put(x: Array, at: Int[Array, "b"], new: Array) -> Array:
+    """``x`` [b s ...] with one slot of each row replaced by ``new`` [b ...], in place where it is donated."""
 
     def row(x: Array, at: Array, new: Array) -> Array:
         return lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), at, 0)
@@ -135,6 +137,6 @@ def put(x: Float[Array, "b s *n"], at: Int[Array, "b"], new: Float[Array, "b *n"
     return jax.vmap(row)(x, at, new)
 
 
-def pick(x: Float[Array, "b s *n"], index: Int[Array, "b m"]) -> Float[Array, "b m *n"]:
-    """Slots of each row."""
+def pick(x: Array, index: Int[Array, "b m"]) -> Array:
+    """Slots of each row: [b s ...] -> [b m ...]."""
     return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="clip"))(x, index)

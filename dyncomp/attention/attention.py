@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -111,6 +112,7 @@ class Attention(nn.Module):
         train: bool = False,
         capture: tuple[str, ...] = (),
         visible: Bool[Array, "#b t w"] | None = None,
+        below: Mapping[str, Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Mixes positions.
 
@@ -121,6 +123,7 @@ class Attention(nn.Module):
           cache: keys and values of earlier positions; the extended one is in ``Aux.cache``.
           visible: of the newest w slots, those of x included, which each position may see, within what it sees anyway
             (w = t: a tree among the new positions; older slots are seen by all).
+          below: what the policy of the layer below handed up; this one's share is in ``Aux.below``.
         """
         b, t, d = x.shape
         h, g, p = self.sizes(d)
@@ -137,13 +140,14 @@ class Attention(nn.Module):
         else:
             mix = functools.partial(self._mix, place=place, visible=visible)
             plain = self.causal and self.window is None and visible is None
-            asked = Asked(q, k, v, positions, place, real, self._turn, mix, plain)
+            asked = Asked(q, k, v, positions, place, real, self._turn, mix, plain, below)
             seen = cache.seen()
             cache, mixed, work = cache.policy.attend(cache, asked)
             if work.needed is None:
                 work = dataclasses.replace(work, needed=self._needed(asked, cache, seen, visible))
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
-        return y, Aux(events=self._events(real, b, t, work), cache=cache)
+        up = {} if cache is None else cache.handed()
+        return y, Aux(events=self._events(real, b, t, work), cache=cache, below=up)
 
     def _whole(self, q, k, v, positions, place, real, visible) -> tuple[Array, Work]:
         """Without a cache."""
