@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Bool, Float, Int, Shaped
+from dyncomp.core.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)

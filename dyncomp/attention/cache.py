@@ -51,7 +51,7 @@ class CacheState:
         raise NotImplementedError
 
     def handed(self) -> Mapping[str, Array]:
-        """What the last pass hands up to the next layer's policy of the same kind, under names of its own; mostly nothing.
+        """What the last pass hands up to the next layer's policy of its kind, under names of its own; mostly nothing.
 
         It arrives as `Asked.below`, and the first layer finds zeros.
         """

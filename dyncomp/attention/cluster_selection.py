@@ -1,7 +1,7 @@
 """A cache that drops what a prompt's end never looked at, and lets each step read few clusters of the rest.
 
-MPCache (arXiv 2501.06807): static look-once eviction, then a query-aware choice of clusters by a score that is linear in
-the query, coarse clusters first, shared between neighbouring layers. Nothing is trained.
+MPCache (arXiv 2501.06807): static look-once eviction, then a query-aware choice of clusters by a score that is linear
+in the query, coarse clusters first, shared between neighbouring layers. Nothing is trained.
 """
 
 import dataclasses
@@ -161,7 +161,7 @@ class ClusterSelection:
         asked.check_plain(self)
         if self.share_group > 1 and asked.below is None:
             raise DyncompError(
-                "ClusterSelection.share_group goes with the whole stack of blocks; run all of them, or use share_group=1"
+                "ClusterSelection.share_group goes with the whole stack of blocks; run it, or use share_group=1"
             )
         if self.share_group > 1:
             cache = dataclasses.replace(cache, layer=asked.below["kept_layer"])

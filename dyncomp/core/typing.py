@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Scalar, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Scalar, UInt32
 
 from dyncomp.core.errors import DyncompError
 
@@ -41,7 +41,6 @@ __all__ = [
     "Key",
     "PyTree",
     "Scalar",
-    "Shaped",
     "UInt32",
     "Variables",
     "check_factory",

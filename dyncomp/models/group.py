@@ -225,7 +225,7 @@ def first_handed(cache: Any, stacked: bool) -> dict[str, Any]:
             blank = jnp.zeros(value.shape[1:] if stacked else value.shape, value.dtype)
             if name in found and found[name].shape != blank.shape:
                 raise DyncompError(
-                    f"caches hand up {name!r} as {found[name].shape} and {blank.shape}; give layers that share one policy"
+                    f"caches hand up {name!r} as {found[name].shape} and {blank.shape}; give them one policy"
                 )
             found[name] = blank
     return found
