@@ -1,6 +1,7 @@
 """Mixers, rotary positions and key/value cache policies."""
 
 from dyncomp.attention.asked import Asked, Work
+from dyncomp.attention.assigned import Assigned, Everything, FrozenLines
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.attention import Attention
 from dyncomp.attention.cache import (
@@ -13,39 +14,57 @@ from dyncomp.attention.cache import (
     replace_newest,
     truncate,
 )
+from dyncomp.attention.chosen import Chosen, attend_chosen
 from dyncomp.attention.cluster_cache import ClusterCache, evicted, tuned
 from dyncomp.attention.cluster_selection import ClusterSelection
+from dyncomp.attention.forgetting import SinkWindow
+from dyncomp.attention.hitters import HeavyHitters
 from dyncomp.attention.patterns import (
     AShape,
     Pattern,
     PerHead,
+    RandomBlocks,
     TopBlocks,
     VerticalSlash,
     head_errors,
 )
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.search import compare, compare_patterns, fit_slash
 from dyncomp.attention.sight import Sight
+from dyncomp.attention.token_selection import TokenSelection
 
 __all__ = [
     "AShape",
     "Asked",
+    "Assigned",
     "Attention",
     "CachePolicy",
     "CacheState",
+    "Chosen",
     "ClusterCache",
     "ClusterSelection",
+    "Everything",
+    "FrozenLines",
     "FullCache",
+    "HeavyHitters",
     "KVCache",
     "Pattern",
     "PerHead",
+    "RandomBlocks",
     "RopeScaling",
     "Sight",
+    "SinkWindow",
+    "TokenSelection",
     "TopBlocks",
     "VerticalSlash",
     "Work",
     "attend",
+    "attend_chosen",
     "attend_seen",
+    "compare",
+    "compare_patterns",
     "evicted",
+    "fit_slash",
     "head_errors",
     "keep_slots",
     "push_newest",
