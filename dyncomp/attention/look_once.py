@@ -21,8 +21,9 @@ def looked_at(
 ) -> tuple[Float[Array, "b t"], int]:
     """Mean causal attention that each token gets from the last ``share`` of its row's real queries, over all heads.
 
-    The paper's text; its released code leaves out 1/sqrt(p) and causality and compares each query's mean over heads
-    with a threshold set for each data set.
+    The mean is over the queries that can see the token: over all of them the newest tokens, which few see, would be
+    dropped first. The paper's text speaks of averages; its released code leaves out 1/sqrt(p) and causality, and keeps
+    a token if one query's mean over heads reaches a threshold set for each data set.
 
     Args:
       q, k: with positions, of one pass.
@@ -47,8 +48,9 @@ def looked_at(
         return total + _weights(q, k, real, *part), None
 
     total, _ = lax.scan(add, jnp.zeros((b, t), jnp.float32), (split(at), split(asked)))
-    mean = total / (wanted * q.shape[2]).astype(jnp.float32)
-    return jnp.where(real, mean, 0.0), pieces * rows * t
+    rank = jnp.cumsum(real, axis=1, dtype=jnp.int32)
+    seers = jnp.minimum(count + 1 - rank, jnp.minimum(wanted, count)) * q.shape[2]
+    return jnp.where(real, total / jnp.maximum(seers, 1), 0.0), pieces * rows * t
 
 
 def _weights(

@@ -18,7 +18,7 @@ def drawn(seed=0):
 
 
 def want(q, k, real, share):
-    """One row: mean over the last real queries and the heads of causal, scaled attention."""
+    """One row: mean over the heads and those of the last real queries that see a token of causal, scaled attention."""
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     places = np.flatnonzero(real)
     asked = places[-max(math.ceil(share * len(places)), 1) :]
@@ -29,7 +29,8 @@ def want(q, k, real, share):
             scores = k[seen, head // (H // G)] @ q[at, head] / math.sqrt(P)
             weights = np.exp(scores - scores.max())
             total[seen] += weights / weights.sum()
-    return total / (len(asked) * H)
+    seers = np.asarray([max((asked >= at).sum(), 1) for at in range(len(real))])
+    return total / (seers * H)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
