@@ -14,6 +14,7 @@ from dyncomp.attention import Attention, ClusterSelection, truncate
 from dyncomp.attention.cluster_cache import boxed, evicted, tuned
 from dyncomp.attention.cluster_selection import slots_of
 from dyncomp.core.errors import DyncompError
+from dyncomp.decoding import Generator, Session
 from dyncomp.experts import SwiGLU
 from dyncomp.models import Block, DecoderLM, Group, apply
 from dyncomp_kernels.decode_attention.api import decode_attention
@@ -360,3 +361,44 @@ def test_bad_options_and_mixers_are_refused(unchecked):
     module, params, x = layer()
     with pytest.raises(DyncompError, match="FullCache"):
         module.clone(window=3).apply(params, x, cache=module.init_cache(D, B, T))
+
+
+def driven(layers="unroll", **options):
+    """A small model whose blocks have the policy, and ragged prompts."""
+    model, variables, tokens = stack(2, layers, **options)
+    prompts = [np.asarray(tokens[0, :9]).tolist(), np.asarray(tokens[1, :13]).tolist()]
+    return model, variables, prompts
+
+
+def test_a_generator_writes_what_a_full_cache_writes():
+    texts = []
+    for cache in (None, {"kept": 1.0, "share": 1.0, "coarse_share": 1.0}):
+        model, variables, prompts = driven(**(cache or {}))
+        if cache is None:
+            model = plain(model)
+        out = Generator(model, variables).generate(prompts, 4, capacity=40)
+        texts.append([g.tokens for g in out])
+    assert texts[0] == texts[1]
+
+
+def test_a_session_s_rows_are_those_read_alone():
+    """Prompts are padded on the right and cut back; eviction and selection are each row's own."""
+    model, variables, prompts = driven(kept=0.5)
+    together, alone = [], []
+    session = Session(model, variables)
+    session.open(prompts, 40)
+    together = [session.step([[3], [5]]), session.step([[1], [2]])]
+    for row, told in zip(prompts, ((3, 1), (5, 2)), strict=True):
+        session = Session(model, variables)
+        session.open([row], 40)
+        alone.append([session.step([[t]])[0] for t in told])
+    for row in range(2):
+        for turn in range(2):
+            np.testing.assert_allclose(together[turn][row], alone[row][turn], rtol=1e-4, atol=1e-5)
+
+
+def plain(model):
+    """The model with the default cache."""
+    block = model.groups[0].blocks[0]
+    mixer = functools.partial(Attention, heads=H, kv_heads=G)
+    return model.clone(groups=[Group([functools.partial(block, mixer=mixer)], 2)])
