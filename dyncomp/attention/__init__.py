@@ -16,6 +16,8 @@ from dyncomp.attention.cache import (
     truncate,
 )
 from dyncomp.attention.chosen import Chosen, attend_chosen
+from dyncomp.attention.cluster_cache import ClusterCache, evicted, tuned
+from dyncomp.attention.cluster_selection import ClusterSelection
 from dyncomp.attention.clusters import ClusterPlan
 from dyncomp.attention.depthwise import DepthwiseConv
 from dyncomp.attention.forgetting import SinkWindow
@@ -56,7 +58,9 @@ __all__ = [
     "CachePolicy",
     "CacheState",
     "Chosen",
+    "ClusterCache",
     "ClusterPlan",
+    "ClusterSelection",
     "DepthwiseConv",
     "DroppedWeights",
     "Everything",
@@ -90,6 +94,7 @@ __all__ = [
     "attend_seen",
     "compare",
     "compare_patterns",
+    "evicted",
     "fit_slash",
     "head_errors",
     "keep_slots",
@@ -98,4 +103,5 @@ __all__ = [
     "rope_angles",
     "rotate",
     "truncate",
+    "tuned",
 ]

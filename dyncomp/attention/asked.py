@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ class Asked:
       mix: (q, k, v, key_place [b s], **more) -> (mixed, pairs): attention as the mixer would do it without a policy:
         causal by places, its window, its tree, its pattern. ``more`` is what `Sight` takes, ``place`` included.
       plain: the mixer is causal, with no window and no tree of its own.
+      below: what the layer below handed up (`CacheState.handed`); None where blocks run alone.
     """
 
     q: Float[Array, "b t h p"]
@@ -38,6 +39,7 @@ class Asked:
     turn: Callable[[Array, Array], Array]
     mix: Callable[..., tuple[Array, Array]]
     plain: bool = True
+    below: Mapping[str, Array] | None = None
 
     @property
     def mask(self) -> Bool[Array, "b t"]:

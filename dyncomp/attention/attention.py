@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -117,6 +118,7 @@ class Attention(nn.Module):
         train: bool = False,
         capture: tuple[str, ...] = (),
         visible: Bool[Array, "#b t w"] | None = None,
+        below: Mapping[str, Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Mixes positions.
 
@@ -130,6 +132,7 @@ class Attention(nn.Module):
           cache: keys and values of earlier positions; the extended one is in ``Aux.cache``.
           visible: of the newest w slots, those of x included, which each position may see, within what it sees anyway
             (w = t: a tree among the new positions; older slots are seen by all).
+          below: what the policy of the layer below handed up; this one's share is in ``Aux.below``.
         """
         b, t, d = x.shape
         h, g, p = self.sizes(d)
@@ -162,7 +165,7 @@ class Attention(nn.Module):
         else:
             mix = functools.partial(self._mix, place=place, visible=visible)
             plain = self.causal and self.window is None and visible is None
-            asked = Asked(q, k, v, positions, place, real, self._turn, mix, plain)
+            asked = Asked(q, k, v, positions, place, real, self._turn, mix, plain, below)
             seen = cache.seen()
             cache, mixed, work = cache.policy.attend(cache, asked)
             if work.needed is None and self._sparse_from(t):  # a pattern needs what it computes
@@ -173,7 +176,8 @@ class Attention(nn.Module):
         events = self._events(real, b, t, work)
         if self.sampler is not None:
             events["draws"] = events["projections"] if sampled else count(0)
-        return y, Aux(events=events, cache=cache, plans=plans)
+        up = {} if cache is None else cache.handed()
+        return y, Aux(events=events, cache=cache, plans=plans, below=up)
 
     def _sampled(self, q: Array, k: Array, v: Array, sight: Sight) -> Sampled:
         """A fresh draw.

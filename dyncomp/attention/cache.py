@@ -6,6 +6,7 @@ keeps everything; policies that keep less or read less are in files of their own
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -55,6 +56,13 @@ class CacheState:
     def seen(self) -> Int[Array, "b"]:
         """How many real tokens each sequence can still look at."""
         raise NotImplementedError
+
+    def handed(self) -> Mapping[str, Array]:
+        """What the last pass hands up to the next layer's policy of its kind, under names of its own; mostly nothing.
+
+        It arrives as `Asked.below`, and the first layer finds zeros.
+        """
+        return {}
 
 
 @struct.dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from dyncomp.attention import CacheState
 from dyncomp.core.aux import Aux, nest
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.sharding import constrain
@@ -51,13 +52,15 @@ class Block(nn.Module):
         """Runs the block; side results nest under ``mixer`` and ``ffn``.
 
         ``capture=("hidden",)`` puts the block's output into the plans. ``below`` is what the blocks below hand up
-        (`below_like` at first); ``Aux.below`` is the same with this block's share renewed. ``visible`` is the mixer's,
-        which hears of it only where it is given.
+        (`below_like` at first, and zeros for what cache policies hand up); ``Aux.below`` is the same with this block's
+        share renewed. ``visible`` is the mixer's, which hears of it only where it is given.
         """
         mixer = self.mixer(name="mixer", dtypes=self.dtypes)
         ffn = self.ffn(name="ffn", dtypes=self.dtypes)
         own = cache["mixer"] if cache is not None else None
-        seen = {} if visible is None else {"visible": visible}
+        seen: dict[str, Any] = {} if visible is None else {"visible": visible}
+        if isinstance(own, CacheState) and own.handed():
+            seen["below"] = below
         y, mixed = mixer(
             self._norm("mixer_norm")(x), positions, mask, own, train=train, capture=capture, **seen
         )
@@ -65,7 +68,8 @@ class Block(nn.Module):
         handed = {"below": below} if self.below_like(1, 1) else {}
         y, fed = ffn(self._norm("ffn_norm")(x), mask, train=train, capture=capture, **handed)
         x = constrain(x + y, ACTIVATION)
-        aux = dataclasses.replace(nest(mixer=mixed, ffn=fed), below={**(below or {}), **fed.below})
+        up = {**mixed.below, **fed.below}
+        aux = dataclasses.replace(nest(mixer=mixed, ffn=fed), below={**(below or {}), **up})
         if "hidden" in capture:
             aux = dataclasses.replace(aux, plans={**aux.plans, "hidden": x})
         return x, aux

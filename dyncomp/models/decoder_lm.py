@@ -22,6 +22,7 @@ from dyncomp.models.group import (
     Remat,
     check_execution,
     first_below,
+    first_handed,
 )
 from dyncomp.models.norm import Norm, NormKind
 
@@ -114,7 +115,7 @@ class DecoderLM(nn.Module):
         needed = tokens.size if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
         seen = count(needed, tokens.size)
         parts = {"embed": Aux(events={"tokens": seen})}
-        below = self._below(tokens)
+        below = {**self._below(tokens), **first_handed(cache, self.layers == "scan")}
         for index, stack in enumerate(self.group):
             name = f"group_{index}"
             own = None if cache is None else cache[name]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dyncomp.attention import CacheState
 from dyncomp.core.aux import Aux, nest
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
@@ -204,6 +205,29 @@ def first_below(stacks: Sequence[GroupStack], batch: int, length: int) -> dict[s
                     " many experts"
                 )
             found[name] = value
+    return found
+
+
+def first_handed(cache: Any, stacked: bool) -> dict[str, Any]:
+    """What the first block's cache policy finds handed up from below: zeros, in the shapes of what its like hands up.
+
+    Args:
+      stacked: each group's caches lie in one, with a leading layer axis.
+
+    Raises:
+      DyncompError: two caches hand up the same name in different shapes.
+    """
+    found: dict[str, Any] = {}
+    is_state = lambda node: isinstance(node, CacheState)
+    states = [x for x in jax.tree.leaves(cache, is_leaf=is_state) if is_state(x)]
+    for state in states:
+        for name, value in state.handed().items():
+            blank = jnp.zeros(value.shape[1:] if stacked else value.shape, value.dtype)
+            if name in found and found[name].shape != blank.shape:
+                raise DyncompError(
+                    f"caches hand up {name!r} as {found[name].shape} and {blank.shape}; give them one policy"
+                )
+            found[name] = blank
     return found
 
 
