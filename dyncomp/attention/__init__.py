@@ -13,6 +13,10 @@ from dyncomp.attention.cache import (
     replace_newest,
     truncate,
 )
+from dyncomp.attention.importance import Chosen, Importance, key_mass
+from dyncomp.attention.important import ImportantTokens, important_attention
+from dyncomp.attention.mixed_bytes import Bytes, cache_bytes
+from dyncomp.attention.mixed_precision import MixedCache, MixedPrecision
 from dyncomp.attention.patterns import (
     AShape,
     Pattern,
@@ -28,10 +32,16 @@ __all__ = [
     "AShape",
     "Asked",
     "Attention",
+    "Bytes",
     "CachePolicy",
     "CacheState",
+    "Chosen",
     "FullCache",
+    "Importance",
+    "ImportantTokens",
     "KVCache",
+    "MixedCache",
+    "MixedPrecision",
     "Pattern",
     "PerHead",
     "RopeScaling",
@@ -41,8 +51,11 @@ __all__ = [
     "Work",
     "attend",
     "attend_seen",
+    "cache_bytes",
     "head_errors",
+    "important_attention",
     "keep_slots",
+    "key_mass",
     "push_newest",
     "replace_newest",
     "rope_angles",

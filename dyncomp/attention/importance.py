@@ -1,7 +1,7 @@
 """Which tokens of a prompt matter: their share of the attention of a few probing queries (ZipVL, arXiv 2410.08584)."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +112,8 @@ class Importance:
     def __post_init__(self):
         told = {"ranking": Ranking, "normaliser": Normaliser, "probe": Probe}
         for name, kinds in told.items():
-            if getattr(self, name) not in kinds.__args__:
-                known = ", ".join(map(repr, kinds.__args__))
+            if getattr(self, name) not in get_args(kinds):
+                known = ", ".join(map(repr, get_args(kinds)))
                 raise DyncompError(f"Importance.{name}={getattr(self, name)!r}: use {known}")
         if not self.tau > 0 or self.recent < 1 or self.drawn < 1:
             raise DyncompError(
@@ -149,7 +149,10 @@ class Importance:
         if budget is not None:
             wanted = jnp.where(budget >= 0, budget, wanted)
         scores = self.ranked(mass, own, real)
-        last = jnp.arange(s, dtype=jnp.int32)[None] == s - 1 - jnp.argmax(real[:, ::-1], axis=1)[:, None]
+        last = (
+            jnp.arange(s, dtype=jnp.int32)[None]
+            == s - 1 - jnp.argmax(real[:, ::-1], axis=1)[:, None]
+        )
         scores = jnp.where(last, jnp.inf, scores)
         tokens = jnp.sum(real, axis=1, dtype=jnp.int32)
         wanted = jnp.minimum(jnp.maximum(wanted, 1), tokens)
@@ -166,9 +169,10 @@ class Importance:
             return mass
         if self.ranking == "random":
             # Layers and inputs should not share a draw, and their masses differ.
-            own = lax.bitcast_convert_type(jnp.sum(mass), jnp.uint32)
-            key = jax.random.fold_in(jax.random.key(self.seed), own)
-            return jax.random.uniform(key, mass.shape)
+            bits = lax.bitcast_convert_type(jnp.sum(mass * mass, axis=1), jnp.uint32)
+            start = jax.random.key(self.seed)
+            draw = lambda own: jax.random.uniform(jax.random.fold_in(start, own), mass.shape[1:])
+            return jax.vmap(draw)(bits)
         nnz = later(real) if self.normaliser == "columns" else seen_by(place, mass.shape[1])
         return mass / jnp.maximum(nnz, 1).astype(jnp.float32)
 

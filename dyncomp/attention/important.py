@@ -44,7 +44,9 @@ def important_attention(
     lists = _lists(chosen.count, most, tile)
     mixed, _ = sparse_attention(own, pick(k, index), pick(v, index), lists, real=seen)
     to = jnp.where(seen & (row >= 0), row, t)
-    spread = jax.vmap(lambda to, x: jnp.zeros((t, *x.shape[1:]), x.dtype).at[to].set(x, mode="drop"))
+    spread = jax.vmap(
+        lambda to, x: jnp.zeros((t, *x.shape[1:]), x.dtype).at[to].set(x, mode="drop")
+    )
     return spread(to, mixed), -(-lists.listed * (tile * tile) // b)
 
 
@@ -75,7 +77,9 @@ class ImportantTokens(Importance):
     ) -> tuple[Float[Array, "b t h p"], Array]:
         """Mixed values, and pairs, float32 []."""
         shape = k.shape[:2]
-        real = jnp.broadcast_to((sight.key_place >= 0) & (sight.key_place <= sight.place[-1]), shape)
+        real = jnp.broadcast_to(
+            (sight.key_place >= 0) & (sight.key_place <= sight.place[-1]), shape
+        )
         chosen = self.choose(q, k, sight.place, real)
         most = self.cap(shape[1])
         mixed, pairs = important_attention(q, k, v, chosen, sight.place[0], most, self.tile)

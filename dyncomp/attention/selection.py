@@ -35,7 +35,7 @@ def recent_attention(
     seen = jnp.arange(s, dtype=jnp.int32)[None, None] <= place[:, :, None]
     seen = jnp.broadcast_to(seen, (b, w, s)) if real is None else seen & real[:, None]
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    return jax.nn.softmax(scores, axis=-1, where=seen[:, None])
+    return jnp.where(seen[:, None], jax.nn.softmax(scores, axis=-1, where=seen[:, None]), 0.0)
 
 
 def vertical_scores(weights: Float[Array, "b h w s"]) -> Float[Array, "b h s"]:
