@@ -5,9 +5,10 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
-from dyncomp.attention.selection import covering, recent_attention, split_by
+from dyncomp.attention.selection import covering, gathered_first, recent_attention, split_by
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
 
@@ -19,9 +20,9 @@ ROWS = 64
 """Probing queries whose attention is held at once."""
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Chosen:
-    """A split of s slots; lives inside one trace.
+    """A split of s slots.
 
     Attributes:
       order: int32 [b s], the important slots T ascending, then the other real ones U ascending, then the rest.
@@ -39,7 +40,7 @@ class Chosen:
     real: Int[Array, "b"]
     mass: Float[Array, "b s"]
     scores: Float[Array, "b s"]
-    probes: int
+    probes: int = struct.field(pytree_node=False)
 
 
 def key_mass(
@@ -191,7 +192,7 @@ class Importance:
             at = jnp.minimum((draw * earlier).astype(jnp.int32), earlier - 1)
             ranks.append(jnp.where(earlier > 0, at, -1))
         rank = jnp.concatenate(ranks, axis=1)
-        order = jnp.argsort(~own, axis=1, stable=True)  # real queries first, ascending
+        order = gathered_first(own, ~own)
         row = jnp.take_along_axis(order, jnp.maximum(rank, 0), axis=1)
         probes = jnp.take_along_axis(q, row[:, :, None, None], axis=1)
         return probes, jnp.where(rank >= 0, jnp.take(place, row), -1)

@@ -37,8 +37,8 @@ def important_attention(
     """
     b, t = q.shape[:2]
     most = k.shape[1] if most is None else min(most, k.shape[1])
-    index = chosen.order[:, :most]
     seen = jnp.arange(most, dtype=jnp.int32)[None] < chosen.count[:, None]
+    index = jnp.where(seen, chosen.order[:, :most], chosen.order[:, :1])
     row = index - jnp.asarray(start, jnp.int32)
     own = pick(q, jnp.clip(row, 0, t - 1))
     lists = _lists(chosen.count, most, tile)

@@ -12,7 +12,7 @@ from dyncomp.attention.asked import Asked, Work, dense_pairs, in_chunks
 from dyncomp.attention.cache import CacheState
 from dyncomp.attention.importance import Chosen, key_mass
 from dyncomp.attention.important import ImportantTokens, important_attention
-from dyncomp.attention.selection import covering, split_by
+from dyncomp.attention.selection import covering, gathered_first, split_by
 from dyncomp.attention.two_ended import Stored, TwoEnded
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Factory, Float, Int, check_factory
@@ -21,7 +21,7 @@ from dyncomp_kernels.decode_attention.packing import Packed
 from dyncomp_kernels.sparse_attention.api import merged
 
 PIECE = 32
-"""New tokens of a later pass that are read at once."""
+"""Most new tokens of a later pass that are read at once."""
 
 
 @struct.dataclass
@@ -66,7 +66,7 @@ class MixedPrecision:
     each group by itself; with ``sparse`` its attention runs among T only, the same T. Later tokens wait in a window at
     full precision. Once it is full, its oldest ``window`` tokens are split by the attention of the newest query over
     them, with a share ``tau`` of that attention covered, and quantised for good. A later pass of several positions goes
-    by pieces of `PIECE`; a window that fills up in a piece is compressed after it. Queries see everything.
+    by pieces of at most `PIECE`; a window that fills up in a piece is compressed after it. Queries see everything.
 
     Attributes:
       max_length: tokens in all.
@@ -122,7 +122,7 @@ class MixedPrecision:
           DyncompError: rows of the head's width fill no whole bytes at these bits.
         """
         prompt, span = self.stores(dtype)
-        shape = (batch, kv_heads, self.window - 1 + PIECE, head_dim)
+        shape = (batch, kv_heads, self.window - 1 + self.piece, head_dim)
         zeros, places = jnp.zeros(shape, dtype), jnp.full((batch, shape[2]), -1, jnp.int32)
         try:
             store, one = (x.empty(batch, kv_heads, head_dim) for x in (prompt, span))
@@ -161,9 +161,25 @@ class MixedPrecision:
             return state, mixed, (work.pairs, work.needed, work.scored)
 
         first = lambda: plain(*self._prompt(cache, asked))
-        later = lambda: plain(*in_chunks(asked, PIECE, cache, self._piece))
+        later = lambda: plain(*self._pieces(cache, asked))
         state, mixed, work = lax.cond(cache.length == 0, first, later)
         return state, mixed, Work(*work)
+
+    @property
+    def piece(self) -> int:
+        """Positions of a later pass that are read at once: no more than one span fills up in between."""
+        return min(PIECE, self.window)
+
+    def _pieces(self, cache: MixedCache, asked: Asked) -> tuple[MixedCache, Array, Work]:
+        """A later pass; a last piece that is not full is one by itself, as padding would fill the window."""
+        t = asked.q.shape[1]
+        whole = t // self.piece * self.piece
+        if whole in (0, t):
+            return in_chunks(asked, self.piece, cache, self._piece)
+        cache, first, one = in_chunks(_part(asked, 0, whole), self.piece, cache, self._piece)
+        cache, rest, two = self._piece(cache, _part(asked, whole, t))
+        total = (getattr(one, name) + getattr(two, name) for name in ("pairs", "needed", "scored"))
+        return cache, jnp.concatenate([first, rest], axis=1), Work(*total)
 
     def _prompt(self, cache: MixedCache, asked: Asked) -> tuple[MixedCache, Array, Work]:
         """The first pass."""
@@ -200,6 +216,36 @@ class MixedPrecision:
         count = jnp.minimum(chosen.count, layout.most)
         store = layout.pack(k, v, places, chosen.order, count)
         return dataclasses.replace(cache, prompt=store, length=cache.length + places.shape[1])
+
+    def repacked(
+        self,
+        cache: MixedCache,
+        order: Int[Array, "b n"] | None = None,
+        count: Int[Array, "b"] | None = None,
+    ) -> MixedCache:
+        """A prompt that was stored with ``high`` and ``low`` None, at the bits of this policy; nothing behind it.
+
+        Args:
+          order, count: other tokens for the front, by their places (`Chosen.order`); default, the same ones.
+        """
+        layout = cache.policy.stores(cache.keys.dtype.name)[0]
+        (*front, first, places), (*back, last, others) = layout.ends(cache.prompt)
+        join = lambda x, y: jnp.concatenate([x, y[:, ::-1]], axis=1)
+        slots = lambda x: jnp.swapaxes(x.codes, 1, 2)
+        k, v = (join(slots(x), slots(y)) for x, y in zip(front, back, strict=True))
+        there, places = join(first, last), join(places, others)
+        now = gathered_first(there, ~there)
+        if order is not None:
+            at = jnp.argsort(jnp.where(there, places, places.shape[1]), axis=1)
+            now = jnp.take_along_axis(at, order, axis=1).astype(jnp.int32)
+        b, g, _, p = cache.keys.shape
+        count = cache.prompt.count if count is None else count
+        own = self.stores(cache.keys.dtype.name)[0]
+        store = own.pack(k, v, places, now, jnp.minimum(count, own.most))
+        empty = self.init(b, g, p, cache.keys.dtype.name)
+        return dataclasses.replace(
+            empty, prompt=store, tau=cache.tau, budget=cache.budget, length=cache.length
+        )
 
     def _piece(self, cache: MixedCache, asked: Asked) -> tuple[MixedCache, Array, Work]:
         """At most `PIECE` positions, over everything."""
@@ -298,6 +344,14 @@ class MixedPrecision:
             fresh=jnp.maximum(cache.fresh - jnp.maximum(cache.length - kept, 0), 0),
             length=jnp.minimum(cache.length, kept),
         )
+
+
+def _part(asked: Asked, begin: int, end: int) -> Asked:
+    """Some of the positions."""
+    cut = {name: getattr(asked, name)[:, begin:end] for name in ("q", "k", "v", "positions")}
+    return dataclasses.replace(
+        asked, **cut, place=asked.place[begin:end], real=asked.mask[:, begin:end]
+    )
 
 
 def _over_spans(

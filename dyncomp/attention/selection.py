@@ -125,12 +125,25 @@ def split_by(
 
     Of equal scores the earlier place wins.
     """
-    s = scores.shape[-1]
-    order = jnp.argsort(jnp.where(real, -scores, jnp.inf), axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1, stable=True)
-    group = jnp.where(real, jnp.where(rank < count[:, None], 0, 1), 2)
-    place = jnp.arange(s, dtype=jnp.int32)[None]
-    return jnp.argsort(group * s + place, axis=-1).astype(jnp.int32)
+    b, s = scores.shape
+    best = jnp.argsort(jnp.where(real, -scores, jnp.inf), axis=-1, stable=True)
+    first = jnp.arange(s, dtype=jnp.int32)[None] < count[:, None]
+    rows = jnp.arange(b, dtype=jnp.int32)[:, None]
+    chosen = jnp.zeros((b, s), bool).at[rows, best].set(first) & real
+    return gathered_first(chosen, real & ~chosen)
+
+
+def gathered_first(first: Bool[Array, "b s"], then: Bool[Array, "b s"]) -> Int[Array, "b s"]:
+    """A permutation: places of ``first``, ascending, those of ``then``, and the rest; the two are disjoint."""
+    b, s = first.shape
+    start, at = jnp.zeros((b, 1), jnp.int32), jnp.zeros((b, s), jnp.int32)
+    for group in (first, then, ~first & ~then):
+        count = jnp.cumsum(group, axis=1, dtype=jnp.int32)
+        at = jnp.where(group, start + count - 1, at)
+        start = start + count[:, -1:]
+    place = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (b, s))
+    rows = jnp.arange(b, dtype=jnp.int32)[:, None]
+    return jnp.zeros((b, s), jnp.int32).at[rows, at].set(place)
 
 
 def best_blocks(
