@@ -1,6 +1,7 @@
 """Mixers, rotary positions and key/value cache policies."""
 
 from dyncomp.attention.asked import Asked, Work
+from dyncomp.attention.assigned import Assigned, Everything, FrozenLines
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.attention import Attention
 from dyncomp.attention.cache import (
@@ -13,7 +14,10 @@ from dyncomp.attention.cache import (
     replace_newest,
     truncate,
 )
-from dyncomp.attention.importance import Chosen, Importance, key_mass
+from dyncomp.attention.chosen import Chosen, attend_chosen
+from dyncomp.attention.forgetting import SinkWindow
+from dyncomp.attention.hitters import HeavyHitters
+from dyncomp.attention.importance import Importance, Split, key_mass
 from dyncomp.attention.important import ImportantTokens, important_attention
 from dyncomp.attention.mixed_bytes import Bytes, cache_bytes
 from dyncomp.attention.mixed_precision import MixedCache, MixedPrecision
@@ -21,22 +25,29 @@ from dyncomp.attention.patterns import (
     AShape,
     Pattern,
     PerHead,
+    RandomBlocks,
     TopBlocks,
     VerticalSlash,
     head_errors,
 )
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.search import compare, compare_patterns, fit_slash
 from dyncomp.attention.sight import Sight
+from dyncomp.attention.token_selection import TokenSelection
 
 __all__ = [
     "AShape",
     "Asked",
+    "Assigned",
     "Attention",
     "Bytes",
     "CachePolicy",
     "CacheState",
     "Chosen",
+    "Everything",
+    "FrozenLines",
     "FullCache",
+    "HeavyHitters",
     "Importance",
     "ImportantTokens",
     "KVCache",
@@ -44,14 +55,22 @@ __all__ = [
     "MixedPrecision",
     "Pattern",
     "PerHead",
+    "RandomBlocks",
     "RopeScaling",
     "Sight",
+    "SinkWindow",
+    "Split",
+    "TokenSelection",
     "TopBlocks",
     "VerticalSlash",
     "Work",
     "attend",
+    "attend_chosen",
     "attend_seen",
     "cache_bytes",
+    "compare",
+    "compare_patterns",
+    "fit_slash",
     "head_errors",
     "important_attention",
     "keep_slots",

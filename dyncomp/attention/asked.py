@@ -1,6 +1,7 @@
 """What a pass asks of a cache policy, and how a long pass is given to it in pieces."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ class Asked:
       real: bool [b t], False for padding; None where there is none.
       turn: (x [b n heads p], positions [#b n]) -> x with its positions.
       mix: (q, k, v, key_place [b s], **more) -> (mixed, pairs): attention as the mixer would do it without a policy:
-        causal by places, its window, its tree, its pattern. ``more`` goes to `Sight`.
+        causal by places, its window, its tree, its pattern. ``more`` is what `Sight` takes, ``place`` included.
       plain: the mixer is causal, with no window and no tree of its own.
     """
 
@@ -84,7 +85,8 @@ def in_chunks(
 ) -> tuple[Any, Float[Array, "b t h p"], Work]:
     """``step`` over pieces of at most ``size`` positions, in order; each sees the state that the one before left.
 
-    All but passes of at most ``size`` positions are padded to whole pieces, and the work of padding counts.
+    Passes of more than ``size`` positions are padded to whole pieces, and the work of padding counts; a state that
+    counts places must be given the right count afterwards.
     """
     t = asked.q.shape[1]
     if t <= size:
@@ -104,9 +106,9 @@ def in_chunks(
 
     def one(state: Any, part: Any) -> tuple[Any, Any]:
         q, k, v, positions, real, place = part
-        piece = dataclasses.replace(
-            asked, q=q, k=k, v=v, positions=positions, place=place, real=real
-        )
+        mix = functools.partial(asked.mix, place=place)
+        own = {"q": q, "k": k, "v": v, "positions": positions, "place": place, "real": real}
+        piece = dataclasses.replace(asked, mix=mix, **own)
         state, mixed, work = step(state, piece)
         return state, (mixed, work.pairs, work.needed, work.scored)
 
@@ -126,8 +128,8 @@ def dense_pairs(
     return jnp.sum(jnp.where(asked.mask, rank, 0), axis=1, dtype=jnp.int32)
 
 
-def put(x: Float[Array, "b s *n"], at: Int[Array, "b"], new: Float[Array, "b *n"]) -> Array:
-    """``x`` with one slot of each row replaced, in place where it is donated."""
+def put(x: Array, at: Int[Array, "b"], new: Array) -> Array:
+    """``x`` [b s ...] with one slot of each row replaced by ``new`` [b ...], in place where it is donated."""
 
     def row(x: Array, at: Array, new: Array) -> Array:
         return lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), at, 0)
@@ -135,6 +137,6 @@ def put(x: Float[Array, "b s *n"], at: Int[Array, "b"], new: Float[Array, "b *n"
     return jax.vmap(row)(x, at, new)
 
 
-def pick(x: Float[Array, "b s *n"], index: Int[Array, "b m"]) -> Float[Array, "b m *n"]:
-    """Slots of each row."""
+def pick(x: Array, index: Int[Array, "b m"]) -> Array:
+    """Slots of each row: [b s ...] -> [b m ...]."""
     return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="clip"))(x, index)

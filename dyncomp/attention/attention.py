@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -61,7 +62,7 @@ class Attention(nn.Module):
       eps: of that norm.
       cache: factory of a cache policy, called with ``max_length``.
       pattern: factory of a sparse pattern (`attention.Pattern`) for passes of ``pattern_from`` positions and more;
-        shorter ones and single tokens are dense. None for none. Its pairs are both needed and executed.
+        shorter ones and single tokens are dense. None for none.
     """
 
     heads: int
@@ -114,6 +115,9 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Mixes positions.
 
+        ``capture=("heads",)`` puts queries, keys and values, with their positions, of passes without a cache into the
+        plans.
+
         Args:
           x: compute dtype.
           positions: what RoPE sees; default the place in the sequence. Causality follows the order of x.
@@ -132,28 +136,32 @@ class Attention(nn.Module):
         start = jnp.int32(0) if cache is None else cache.length
         place = start + jnp.arange(t, dtype=jnp.int32)
         positions = place[None] if positions is None else positions
+        plans: dict[str, Any] = {}
         if cache is None:
-            mixed, work = self._whole(q, k, v, positions, place, real, visible)
+            q, k = self._turn(q, positions), self._turn(k, positions)
+            mixed, work = self._whole(q, k, v, place, real, visible)
+            plans = {"heads": {"q": q, "k": k, "v": v}} if "heads" in capture else {}
         else:
             mix = functools.partial(self._mix, place=place, visible=visible)
             plain = self.causal and self.window is None and visible is None
             asked = Asked(q, k, v, positions, place, real, self._turn, mix, plain)
             seen = cache.seen()
             cache, mixed, work = cache.policy.attend(cache, asked)
-            if work.needed is None:
+            if work.needed is None and self._sparse_from(t):  # a pattern needs what it computes
+                work = dataclasses.replace(work, needed=jnp.broadcast_to(work.pairs, (b,)))
+            elif work.needed is None:
                 work = dataclasses.replace(work, needed=self._needed(asked, cache, seen, visible))
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
-        return y, Aux(events=self._events(real, b, t, work), cache=cache)
+        return y, Aux(events=self._events(real, b, t, work), cache=cache, plans=plans)
 
-    def _whole(self, q, k, v, positions, place, real, visible) -> tuple[Array, Work]:
+    def _whole(self, q, k, v, place, real, visible) -> tuple[Array, Work]:
         """Without a cache."""
         b, t = q.shape[:2]
         key_place = place[None] if real is None else jnp.where(real, place[None], -1)
-        q, k = self._turn(q, positions), self._turn(k, positions)
         sight = Sight(place, key_place, visible, self.causal, self.window)
         if self._sparse_from(t):
             mixed, pairs = self._sparse(q, k, v, sight)
-            return mixed, Work(pairs, jnp.broadcast_to(pairs, (b,)))
+            return mixed, Work(pairs.executed, jnp.broadcast_to(pairs.needed, (b,)))
         everything = real is None and visible is None and not self.causal
         mixed = attend(q, k, v, None if everything else sight.all())
         seen = None if self.window is None and visible is None else sight
@@ -164,7 +172,8 @@ class Attention(nn.Module):
         sight = Sight(place, key_place, visible, self.causal, self.window)
         sight = dataclasses.replace(sight, **more) if more else sight
         if self._sparse_from(q.shape[1]) and not more:
-            return self._sparse(q, k, v, sight)
+            mixed, pairs = self._sparse(q, k, v, sight)
+            return mixed, pairs.executed
         return attend_seen(q, k, v, sight)
 
     def _sparse_from(self, t: int) -> bool:
@@ -187,8 +196,8 @@ class Attention(nn.Module):
         own = tokens * (tokens + 1) // 2 if self.causal else tokens * tokens
         return own + tokens * earlier
 
-    def _sparse(self, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
-        """The pattern's values and pairs.
+    def _sparse(self, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Count]:
+        """The pattern's values and pairs. What it decides at run time lies under ``controls``, at ``pattern``.
 
         Raises:
           DyncompError: a pattern together with a window, with ``visible``, or without causality.
@@ -199,8 +208,11 @@ class Attention(nn.Module):
             )
         assert self.pattern is not None
         check_factory(self.pattern, "Attention.pattern")
-        mixed, pairs = self.pattern()(q, k, v, sight)
-        return mixed, jnp.round(pairs).astype(jnp.int32)
+        told = self.get_variable("controls", "pattern")
+        given = () if told is None else (told,)
+        mixed, pairs = self.pattern()(q, k, v, sight, *given)
+        pairs = pairs if isinstance(pairs, Count) else Count(pairs, pairs)
+        return mixed, jax.tree.map(lambda x: jnp.round(x).astype(jnp.int32), pairs)
 
     def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
         if not self.qk_norm:
@@ -273,8 +285,9 @@ class Attention(nn.Module):
     def init_cache(self, d_model: int, batch: int, max_length: int) -> Any:
         """An empty cache of this layer, in the compute dtype."""
         check_factory(self.cache, "Attention.cache")
-        _, g, p = self.sizes(d_model)
-        return self.cache(max_length=max_length).init(batch, g, p, self.dtypes.compute)
+        h, g, p = self.sizes(d_model)
+        policy = self.cache(max_length=max_length)
+        return policy.init(batch, g, p, self.dtypes.compute, heads=h)
 
 
 def _tokens(real: Bool[Array, "b t"] | None, b: int, t: int) -> Int[Array, "b"]:

@@ -21,7 +21,14 @@ from dyncomp.core.typing import Array, Bool, Float, Int
 class CachePolicy(Protocol):
     """What ``Attention.cache`` makes, called with ``max_length``."""
 
-    def init(self, batch: int, kv_heads: int, head_dim: int, dtype: str = "float32") -> Any:
+    def init(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: str = "float32",
+        heads: int | None = None,
+    ) -> Any:
         """An empty state, a `CacheState`."""
         ...
 
@@ -87,7 +94,14 @@ class FullCache:
         if self.max_length < 1:
             raise DyncompError(f"FullCache.max_length={self.max_length}: give at least 1 slot")
 
-    def init(self, batch: int, kv_heads: int, head_dim: int, dtype: str = "float32") -> KVCache:
+    def init(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: str = "float32",
+        heads: int | None = None,
+    ) -> KVCache:
         """An empty cache for ``batch`` sequences."""
         shape = (batch, self.max_length, kv_heads, head_dim)
         empty = jnp.full(shape[:2], -1, jnp.int32)

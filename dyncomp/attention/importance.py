@@ -21,7 +21,7 @@ ROWS = 64
 
 
 @struct.dataclass
-class Chosen:
+class Split:
     """A split of s slots.
 
     Attributes:
@@ -135,7 +135,7 @@ class Importance:
         real: Bool[Array, "b s"],
         tau: Float[Array, ""] | None = None,
         budget: Int[Array, "b"] | None = None,
-    ) -> Chosen:
+    ) -> Split:
         """Splits slots by the attention of some of the queries at ``place``.
 
         Args:
@@ -158,7 +158,7 @@ class Importance:
         tokens = jnp.sum(real, axis=1, dtype=jnp.int32)
         wanted = jnp.minimum(jnp.maximum(wanted, 1), tokens)
         count = jnp.minimum(wanted, self.cap(s))
-        return Chosen(
+        return Split(
             split_by(scores, count, real), count, wanted, tokens, mass, scores, own.shape[1]
         )
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from dyncomp.attention.asked import pick
-from dyncomp.attention.importance import Chosen, Importance
+from dyncomp.attention.importance import Split, Importance
 from dyncomp.attention.sight import Sight
+from dyncomp.core.aux import Count
 from dyncomp.core.typing import Array, Float, Int
 from dyncomp_kernels.sparse_attention.api import sparse_attention
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of, lists_of
@@ -17,7 +18,7 @@ def important_attention(
     q: Float[Array, "b t h p"],
     k: Float[Array, "b s g p"],
     v: Float[Array, "b s g p"],
-    chosen: Chosen,
+    split: Split,
     start: Int[Array, ""] | int = 0,
     most: int | None = None,
     tile: int = 64,
@@ -37,11 +38,11 @@ def important_attention(
     """
     b, t = q.shape[:2]
     most = k.shape[1] if most is None else min(most, k.shape[1])
-    seen = jnp.arange(most, dtype=jnp.int32)[None] < chosen.count[:, None]
-    index = jnp.where(seen, chosen.order[:, :most], chosen.order[:, :1])
+    seen = jnp.arange(most, dtype=jnp.int32)[None] < split.count[:, None]
+    index = jnp.where(seen, split.order[:, :most], split.order[:, :1])
     row = index - jnp.asarray(start, jnp.int32)
     own = pick(q, jnp.clip(row, 0, t - 1))
-    lists = _lists(chosen.count, most, tile)
+    lists = _lists(split.count, most, tile)
     mixed, _ = sparse_attention(own, pick(k, index), pick(v, index), lists, real=seen)
     to = jnp.where(seen & (row >= 0), row, t)
     spread = jax.vmap(
@@ -74,13 +75,13 @@ class ImportantTokens(Importance):
 
     def __call__(
         self, q: Float[Array, "b t h p"], k: Array, v: Array, sight: Sight
-    ) -> tuple[Float[Array, "b t h p"], Array]:
-        """Mixed values, and pairs, float32 []."""
+    ) -> tuple[Float[Array, "b t h p"], Count]:
+        """Mixed values, and pairs, needed and executed, float32 []."""
         shape = k.shape[:2]
-        real = jnp.broadcast_to(
-            (sight.key_place >= 0) & (sight.key_place <= sight.place[-1]), shape
-        )
-        chosen = self.choose(q, k, sight.place, real)
+        real = (sight.key_place >= 0) & (sight.key_place <= sight.place[-1])
+        split = self.choose(q, k, sight.place, jnp.broadcast_to(real, shape))
         most = self.cap(shape[1])
-        mixed, pairs = important_attention(q, k, v, chosen, sight.place[0], most, self.tile)
-        return mixed, pairs.astype(jnp.float32) + chosen.probes * shape[1] / 2
+        mixed, pairs = important_attention(q, k, v, split, sight.place[0], most, self.tile)
+        probed = split.probes * shape[1] / 2
+        needed = jnp.mean((split.count * (split.count + 1) // 2).astype(jnp.float32))
+        return mixed, Count(needed + probed, pairs.astype(jnp.float32) + probed)

@@ -10,7 +10,7 @@ from jax import lax
 
 from dyncomp.attention.asked import Asked, Work, dense_pairs, in_chunks
 from dyncomp.attention.cache import CacheState
-from dyncomp.attention.importance import Chosen, key_mass
+from dyncomp.attention.importance import Split, key_mass
 from dyncomp.attention.important import ImportantTokens, important_attention
 from dyncomp.attention.selection import covering, gathered_first, split_by
 from dyncomp.attention.two_ended import Stored, TwoEnded
@@ -115,7 +115,14 @@ class MixedPrecision:
         """Spans that can be kept."""
         return (self.max_length - (self.prompt or 0)) // self.window
 
-    def init(self, batch: int, kv_heads: int, head_dim: int, dtype: str = "float32") -> MixedCache:
+    def init(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: str = "float32",
+        heads: int | None = None,
+    ) -> MixedCache:
         """An empty cache for ``batch`` sequences.
 
         Raises:
@@ -204,7 +211,7 @@ class MixedPrecision:
         k: Float[Array, "b t g p"],
         v: Float[Array, "b t g p"],
         places: Int[Array, "b t"],
-        chosen: Chosen,
+        chosen: Split,
     ) -> MixedCache:
         """An empty cache with a prompt.
 
@@ -226,7 +233,7 @@ class MixedPrecision:
         """A prompt that was stored with ``high`` and ``low`` None, at the bits of this policy; nothing behind it.
 
         Args:
-          order, count: other tokens for the front, by their places (`Chosen.order`); default, the same ones.
+          order, count: other tokens for the front, by their places (`Split.order`); default, the same ones.
         """
         layout = cache.policy.stores(cache.keys.dtype.name)[0]
         (*front, first, places), (*back, last, others) = layout.ends(cache.prompt)

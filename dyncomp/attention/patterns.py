@@ -8,9 +8,12 @@ chose, and how many pairs of each sequence and head it computed.
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dyncomp.attention.attend import attend_seen
+from dyncomp.attention.chosen import Chosen, attend_chosen, of_lists
 from dyncomp.attention.selection import (
     best,
     best_blocks,
@@ -22,8 +25,7 @@ from dyncomp.attention.selection import (
 from dyncomp.attention.sight import Sight
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float
-from dyncomp_kernels.sparse_attention.api import merged, sparse_attention
-from dyncomp_kernels.sparse_attention.columns import column_attention
+from dyncomp_kernels.sparse_attention.api import sparse_attention
 from dyncomp_kernels.sparse_attention.lists import (
     BlockLists,
     a_shape_lists,
@@ -40,7 +42,7 @@ class Pattern(Protocol):
     def __call__(
         self, q: Float[Array, "b t h p"], k: Array, v: Array, sight: Sight
     ) -> tuple[Float[Array, "b t h p"], Array]:
-        """Mixed values, and pairs computed, a mean over heads: float32 []."""
+        """Mixed values, and pairs computed, those that choosing looked at included, a mean over heads: float32 []."""
         ...
 
 
@@ -71,6 +73,17 @@ class AShape:
         mixed, _ = sparse_attention(q, k, v, lists, **words, **_where(sight, k))
         return mixed, _pairs(lists)
 
+    def choose(self, q: Array, k: Array, sight: Sight) -> Chosen:
+        """Whole blocks, more than the exact tokens: what a kernel computes anyway."""
+        sizes = q.shape[1], k.shape[1], self.tile, self.tile
+        lists = a_shape_lists(*sizes, window=self.window, sink=self.sink, offset=sight.place[0])
+        return of_lists(lists, q.shape[2], q.shape[0])
+
+    def looks(self, t: int, s: int) -> int:
+        """None: nothing is looked at."""
+        del t, s
+        return 0
+
 
 @dataclasses.dataclass(frozen=True)
 class TopBlocks:
@@ -90,6 +103,19 @@ class TopBlocks:
 
     def __call__(self, q, k, v, sight):
         """Lists of their own for each head."""
+        lists = self._lists(q, k, sight)
+        mixed, _ = sparse_attention(q, k, v, lists, **_where(sight, k))
+        return mixed, _pairs(lists) + self.looks(q.shape[1], k.shape[1])
+
+    def choose(self, q: Array, k: Array, sight: Sight) -> Chosen:
+        """The lists alone."""
+        return of_lists(self._lists(q, k, sight), q.shape[2], q.shape[0])
+
+    def looks(self, t: int, s: int) -> int:
+        """Products of queries and keys that choosing costs a head."""
+        return blocks_of(t, self.tile) * blocks_of(s, self.tile)
+
+    def _lists(self, q: Array, k: Array, sight: Sight) -> BlockLists:
         size = self.tile
         start = size * jnp.arange(blocks_of(q.shape[1], size), dtype=jnp.int32) + sight.place[0]
         last = jnp.minimum(start + size - 1, sight.place[-1])[:, None]
@@ -97,11 +123,34 @@ class TopBlocks:
         causal = first[None] <= last
         own = (last - first[None]) // size
         forced = (first[None] < self.sink * size) | (own < self.local)
-        scores = pooled_scores(q, k, size, size)
-        chosen = best_blocks(scores, self.blocks, causal, forced)
-        lists = lists_of(chosen, size, size, self.blocks)
-        mixed, _ = sparse_attention(q, k, v, lists, **_where(sight, k))
-        return mixed, _pairs(lists)
+        chosen = best_blocks(self._scores(q, k), self.blocks, causal, forced)
+        return lists_of(chosen, size, size, self.blocks)
+
+    def _scores(self, q: Array, k: Array) -> Float[Array, "b h x y"]:
+        return pooled_scores(q, k, self.tile, self.tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomBlocks(TopBlocks):
+    """`TopBlocks` with scores drawn at random: the control.
+
+    Attributes:
+      seed: of the draw, which one number of the queries makes another in each layer and for each input.
+    """
+
+    seed: int = 0
+
+    def looks(self, t: int, s: int) -> int:
+        """None."""
+        del t, s
+        return 0
+
+    def _scores(self, q: Array, k: Array) -> Float[Array, "b h x y"]:
+        """As many as `pooled_scores` gives."""
+        (b, t, h, _), size = q.shape, self.tile
+        told = lax.bitcast_convert_type(q[0, -1, 0, 0].astype(jnp.float32), jnp.int32)
+        key = jax.random.fold_in(jax.random.key(self.seed), told)
+        return jax.random.uniform(key, (b, h, blocks_of(t, size), blocks_of(k.shape[1], size)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,28 +179,43 @@ class VerticalSlash:
 
     def __call__(self, q, k, v, sight):
         """Spans of the diagonals and the columns that no span holds, merged by their log-sum-exps."""
-        t, s = q.shape[1], k.shape[1]
-        offset, end = sight.place[0], sight.place[-1] + 1
-        columns, (offsets, count) = self._chosen(q, k, sight, end)
-        spans = slash_spans(offsets, count, t, self.tile, keys=s, start=offset)
-        where = _where(sight, k)
-        diagonals = sparse_attention(q, k, v, spans, **where)
-        lines = column_attention(q, k, v, *columns, besides=spans, **where)
-        mixed, _ = merged([diagonals, lines])
-        extra = jnp.mean(columns[1].astype(jnp.float32)) * t
-        return mixed, _pairs(spans) + extra
+        chosen = self.choose(q, k, sight)
+        mixed, _ = attend_chosen(q, k, v, chosen, sight)
+        extra = jnp.mean(chosen.count.astype(jnp.float32)) * q.shape[1]
+        return mixed, _pairs(chosen.spans) + extra + self.looks(q.shape[1], k.shape[1])
 
-    def _chosen(self, q: Array, k: Array, sight: Sight, end: Array) -> Any:
-        """(columns, count) and (offsets descending, count) of each head."""
-        probe = min(self.probe, q.shape[1])
+    def looks(self, t: int, s: int) -> int:
+        """Products of queries and keys that choosing costs a head."""
+        return min(self.probe, t) * s
+
+    def choose(self, q: Array, k: Array, sight: Sight, slash: Array | int | None = None) -> Chosen:
+        """Spans and columns; ``slash``, a run-time value up to the attribute's, is how many diagonals are taken."""
+        return self.spans(self.lines(q, k, sight, slash), q.shape[1], k.shape[1], sight)
+
+    def lines(
+        self, q: Array, k: Array, sight: Sight, slash: Array | int | None = None
+    ) -> dict[str, Array]:
+        """Places of ``columns`` and, descending, of diagonals (``offsets``), each with its ``count`` [b h]."""
+        probe, end = min(self.probe, q.shape[1]), sight.place[-1] + 1
         place = sight.place[-probe:]
         weights = recent_attention(q[:, -probe:], k, place, _real(sight, k))
-        vertical = max(self.vertical, self.sink)
+        vertical, most = max(self.vertical, self.sink), max(self.slash, self.local)
         columns, columns_count = best(vertical_scores(weights), vertical, vertical, self.sink, end)
-        columns = jnp.minimum(columns, k.shape[1] - 1)
-        slash = max(self.slash, self.local)
-        offsets, count = best(slash_scores(weights, place), slash, slash, self.local, end)
-        return (columns, columns_count), (_descending(offsets, count), count)
+        budget = most if slash is None else jnp.maximum(slash, self.local)
+        offsets, offsets_count = best(slash_scores(weights, place), most, budget, self.local, end)
+        return {
+            "columns": jnp.minimum(columns, k.shape[1] - 1),
+            "columns_count": columns_count,
+            "offsets": _descending(offsets, offsets_count),
+            "offsets_count": offsets_count,
+        }
+
+    def spans(self, lines: dict[str, Array], t: int, keys: int, sight: Sight) -> Chosen:
+        """The plan of t queries and some keys that `lines` stand for, those of this input or of another."""
+        spans = slash_spans(
+            lines["offsets"], lines["offsets_count"], t, self.tile, keys=keys, start=sight.place[0]
+        )
+        return Chosen(spans, lines["columns"], lines["columns_count"])
 
 
 @dataclasses.dataclass(frozen=True)

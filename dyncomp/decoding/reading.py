@@ -63,8 +63,19 @@ def unread(
     """Takes back all but the first ``kept`` tokens of what was read since there were ``start`` slots.
 
     Every row must have filled its slots from ``start`` on without a gap; ``before`` is what had been read then.
+
+    Raises:
+      DyncompError: a cache that forgets, and so cannot give back what the tokens displaced.
     """
-    return Reading(each_cache(lambda c: truncate(c, start + kept), reading.cache), before + kept)
+
+    def cut(cache: Any) -> Any:
+        if getattr(cache.policy, "forgets", False):
+            raise DyncompError(
+                f"{type(cache.policy).__name__} forgets tokens and cannot take back others; use FullCache"
+            )
+        return truncate(cache, start + kept)
+
+    return Reading(each_cache(cut, reading.cache), before + kept)
 
 
 def check_rows(model: DecoderLM, rows: int) -> None:
@@ -73,11 +84,13 @@ def check_rows(model: DecoderLM, rows: int) -> None:
     Raises:
       DyncompError: names the fix.
     """
-    windows = [
-        getattr(block(parent=None, dtypes=model.dtypes).mixer(parent=None), "window", None)
+    mixers = [
+        block(parent=None, dtypes=model.dtypes).mixer(parent=None)
         for group in model.groups
         for block in group.blocks
     ]
+    windows = [getattr(mixer, "window", None) for mixer in mixers]
+    windows += [getattr(_policy(mixer), "window", None) for mixer in mixers]
     if rows > 1 and any(windows):
         raise DyncompError(
             f"a window of {max(filter(None, windows))} slots and {rows} rows of different lengths do not go"
@@ -88,6 +101,12 @@ def check_rows(model: DecoderLM, rows: int) -> None:
 def each_cache(fn: Callable[[Any], Any], cache: Any) -> Any:
     """``fn`` on every layer's cache."""
     return jax.tree.map(fn, cache, is_leaf=_is_cache)
+
+
+def _policy(mixer: Any) -> Any:
+    """The cache policy of a mixer that has one."""
+    made = getattr(mixer, "cache", None)
+    return None if made is None else made(max_length=1)
 
 
 def _is_cache(node: Any) -> bool:

@@ -5,6 +5,13 @@ from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.group import Group, GroupStack
+from dyncomp.models.head_patterns import (
+    HeadPatterns,
+    read_heads,
+    search_patterns,
+    with_patterns,
+    with_told,
+)
 from dyncomp.models.layout import (
     apply,
     is_stacked,
@@ -26,6 +33,7 @@ __all__ = [
     "ExitingClassifier",
     "Group",
     "GroupStack",
+    "HeadPatterns",
     "NestedLM",
     "Norm",
     "SkippingLM",
@@ -39,8 +47,12 @@ __all__ = [
     "join_blocks",
     "kv_cost",
     "layer_caches",
+    "read_heads",
+    "search_patterns",
     "stack",
     "unstack",
     "with_layer_caches",
     "with_mixers",
+    "with_patterns",
+    "with_told",
 ]

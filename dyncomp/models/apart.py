@@ -58,11 +58,16 @@ def with_mixers(model: DecoderLM, changes: Sequence[Mapping[str, Any]]) -> Decod
             f"with_mixers: {len(changes)} changes for {len(blocks)} blocks; take the model of `apart`, a change a block"
         )
     rest = iter(changes)
-    groups = [Group([_with(block, next(rest)) for block in group.blocks]) for group in model.groups]
+    groups = [Group([bound(block, next(rest)) for block in group.blocks]) for group in model.groups]
     return model.clone(groups=groups)
 
 
-def _with(block: Any, change: Mapping[str, Any]) -> Any:
+def bound(block: Any, change: Mapping[str, Any]) -> Any:
+    """A block with other bindings of its mixer.
+
+    Raises:
+      DyncompError: the block is no functools.partial with a mixer that is one.
+    """
     mixer = getattr(block, "keywords", {}).get("mixer")
     if mixer is None:
         raise DyncompError("with_mixers: a block is no functools.partial with a mixer; bind it so")

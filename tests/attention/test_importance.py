@@ -227,7 +227,9 @@ def test_rows_depend_on_important_tokens_only():
     np.testing.assert_array_equal(poisoned, mixed)
     tiles = -(-np.asarray(found.count) // 16)
     blocks = -(-int(np.sum(tiles * (tiles + 1) // 2) * 256) // B)
-    assert float(pairs) == blocks + T * T / 2
+    assert float(pairs.executed) == blocks + T * T / 2
+    p = np.asarray(found.count)
+    assert float(pairs.needed) == np.mean(p * (p + 1) // 2) + T * T / 2
 
 
 def test_bad_words_are_refused():

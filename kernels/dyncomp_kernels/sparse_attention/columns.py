@@ -103,3 +103,24 @@ def _of_heads(x: Array, batch: int, heads: int) -> Array:
 
 def _after(rows: int) -> list[tuple[int, int]]:
     return [(0, 0), (0, rows), (0, 0), (0, 0)]
+
+
+def tiles_of(lists: BlockLists, columns: Array, count: Array, offset: Array | int = 0) -> Array:
+    """Tiles that spans and loose columns are: listed blocks, and loose columns a tile's width at a time.
+
+    MInference's kernel (arXiv 2407.02490) loops over these. A column is loose for a block of queries where no listed
+    block holds it and it is not behind the last query.
+
+    Args:
+      lists, columns, count, offset: as for `column_attention`; lists of each head [b h x m].
+
+    Returns:
+      int32 [b h x].
+    """
+    heads, blocks = lists.count.shape[1], lists.count.shape[2]
+    free = jnp.moveaxis(_free(lists, columns, blocks, heads), 0, 2)  # [b h x m]
+    listed = jnp.arange(columns.shape[-1], dtype=jnp.int32) < count[..., None]
+    ends = jnp.asarray(offset, jnp.int32) + (jnp.arange(blocks, dtype=jnp.int32) + 1) * lists.rows
+    before = columns[:, :, None] < ends[:, None]
+    loose = jnp.sum(free & before & listed[:, :, None], axis=-1, dtype=jnp.int32)
+    return lists.count + (loose + lists.columns - 1) // lists.columns
