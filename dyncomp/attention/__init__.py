@@ -22,8 +22,12 @@ from dyncomp.attention.clusters import ClusterPlan
 from dyncomp.attention.depthwise import DepthwiseConv
 from dyncomp.attention.forgetting import SinkWindow
 from dyncomp.attention.hitters import HeavyHitters
+from dyncomp.attention.importance import Importance, Split, key_mass
+from dyncomp.attention.important import ImportantTokens, important_attention
 from dyncomp.attention.kmeans import AngularHash, KMeans, RandomClusters
+from dyncomp.attention.mixed_bytes import Bytes, cache_bytes
 from dyncomp.attention.mixed_heads import MixedHeads
+from dyncomp.attention.mixed_precision import MixedCache, MixedPrecision
 from dyncomp.attention.patterns import (
     AShape,
     Pattern,
@@ -55,6 +59,7 @@ __all__ = [
     "Assigned",
     "Attention",
     "BiLevelRouting",
+    "Bytes",
     "CachePolicy",
     "CacheState",
     "Chosen",
@@ -67,10 +72,14 @@ __all__ = [
     "FrozenLines",
     "FullCache",
     "HeavyHitters",
+    "Importance",
+    "ImportantTokens",
     "KMeans",
     "KVCache",
     "KeySets",
+    "MixedCache",
     "MixedHeads",
+    "MixedPrecision",
     "Pattern",
     "PerHead",
     "RandomBlocks",
@@ -85,6 +94,7 @@ __all__ = [
     "ShuffledWindows",
     "Sight",
     "SinkWindow",
+    "Split",
     "TokenSelection",
     "TopBlocks",
     "VerticalSlash",
@@ -92,12 +102,15 @@ __all__ = [
     "attend",
     "attend_chosen",
     "attend_seen",
+    "cache_bytes",
     "compare",
     "compare_patterns",
     "evicted",
     "fit_slash",
     "head_errors",
+    "important_attention",
     "keep_slots",
+    "key_mass",
     "push_newest",
     "replace_newest",
     "rope_angles",
