@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dyncomp_kernels.sparse_attention import pallas_tpu, xla
+from dyncomp_kernels.sparse_attention import pallas_tpu, pallas_triton, xla
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
 
-Implementation = Literal["xla", "pallas"]
+Implementation = Literal["xla", "pallas", "triton"]
+KERNELS = {"tpu": ("pallas", pallas_tpu), "cuda": ("triton", pallas_triton)}
+"""The form of each platform that has one of its own."""
 
 
 def sparse_attention(
@@ -40,8 +42,8 @@ def sparse_attention(
       real: bool [b s], False for padding.
       window, sink: of what is listed, a query sees the ``window`` places up to its own, and the first ``sink`` keys
         (an A-shape); None for all.
-      implementation: a form by name; None picks by platform when the program is lowered (see `explain`). "pallas" is
-        interpreted elsewhere than on a TPU: right, and very slow.
+      implementation: a form by name; None picks by platform when the program is lowered (see `explain`). "pallas" (TPU)
+        and "triton" (CUDA) are interpreted on other platforms: right, and very slow.
 
     Returns:
       [b t h p] in the dtype of q, and the log-sum-exp of the scores, float32 [b t h]; zeros and -inf for a query that
@@ -59,15 +61,19 @@ def sparse_attention(
 
 def supports(implementation: str, q: Any, k: Any, lists: BlockLists) -> str | None:
     """None when the form can serve these shapes and dtypes, else the reason why not."""
-    return None if implementation == "xla" else pallas_tpu.supports(q, k, lists)
+    form = dict(KERNELS.values()).get(implementation)
+    return form.supports(q, k, lists) if form else None
 
 
 def explain(q: Any, k: Any, lists: BlockLists) -> dict[str, str]:
     """Which form serves each platform for these arguments (arrays or ShapeDtypeStructs), or why it does not."""
-    reason = supports("pallas", q, k, lists)
-    if not reason and not _on_one_device():
-        reason = "kernels are not partitioned: call it inside a shard_map"
-    return {"tpu": f"xla serves; {reason}" if reason else "pallas serves", "default": "xla serves"}
+    said = {"default": "xla serves"}
+    for platform, (name, _) in KERNELS.items():
+        reason = supports(name, q, k, lists)
+        if not reason and not _on_one_device():
+            reason = "kernels are not partitioned: call it inside a shard_map"
+        said[platform] = f"xla serves; {reason}" if reason else f"{name} serves"
+    return said
 
 
 def _on_one_device() -> bool:
@@ -97,12 +103,18 @@ def _form(name: str, implementation: Implementation | None, like: Any, *args: An
     """A pass ("forward" or "backward") by the form asked for or the platform's; ``like`` is (q, k, lists, seeing)."""
     seeing = like[3]
     call = lambda own, **words: functools.partial(getattr(own, name), seeing=seeing, **words)
-    if implementation == "pallas":
-        interpreted = call(pallas_tpu, interpret=pallas_tpu.INTERPRETED)
-        return lax.platform_dependent(*args, tpu=call(pallas_tpu), default=interpreted)
-    if implementation or supports("pallas", *like[:3]) or not _on_one_device():
+    if implementation == "xla":
         return call(xla)(*args)
-    return lax.platform_dependent(*args, tpu=call(pallas_tpu), default=call(xla))
+    if implementation:
+        platform, form = next((p, own) for p, (n, own) in KERNELS.items() if n == implementation)
+        interpreted = call(form, interpret=form.INTERPRETED)
+        return lax.platform_dependent(*args, **{platform: call(form)}, default=interpreted)
+    fit = {
+        platform: call(form)
+        for platform, (_, form) in KERNELS.items()
+        if not form.supports(*like[:3]) and _on_one_device()
+    }
+    return lax.platform_dependent(*args, **fit, default=call(xla))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

@@ -17,9 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 from dyncomp_kernels._compat import out_like, vary_like
 from dyncomp_kernels.sparse_attention.layout import Layout, rows_of_lists
 from dyncomp_kernels.sparse_attention.lists import BlockLists, transposed
+from dyncomp_kernels.sparse_attention.scores import LOG2E, LOW
 from dyncomp_kernels.sparse_attention.tpu_backward import key_kernel, query_kernel
 from dyncomp_kernels.sparse_attention.tpu_forward import forward_kernel
-from dyncomp_kernels.sparse_attention.tpu_pieces import LANES, LOG2E, LOW
+from dyncomp_kernels.sparse_attention.tpu_pieces import LANES
 from dyncomp_kernels.sparse_attention.tpu_walk import Steps
 from dyncomp_kernels.sparse_attention.xla import Seeing
 

@@ -14,13 +14,10 @@ from jax.experimental import pallas as pl
 
 from dyncomp_kernels.sparse_attention import tpu_masks
 from dyncomp_kernels.sparse_attention.layout import Layout
+from dyncomp_kernels.sparse_attention.scores import LOG2E, NN, NT, dot, masked
 from dyncomp_kernels.sparse_attention.tpu_pieces import (
     LANES,
-    LOG2E,
-    NN,
-    NT,
     blocks,
-    dot,
     each_piece,
     key_piece,
     key_sources,
@@ -57,8 +54,8 @@ def query_kernel(
             _query_rows, size, place, begins, slot, begin, (q, d_out, shift, delta), buffers, added
         )
         free = jnp.bool_(False) if real is not None else tpu_masks.all_seen(size, place, begins)
-        _either(free, lambda masked: each_piece(
-            size.n, row_piece(size.r, size.rows), lambda at: step(at, masked)))  # fmt: skip
+        _either(free, lambda partial: each_piece(
+            size.n, row_piece(size.r, size.rows), lambda at: step(at, partial)))  # fmt: skip
 
     walk(own, after, block == 0, block == size.x - 1, state, sources, steps, piece)
     d_q[...] = (added[...] * (1 / math.sqrt(size.p))).astype(d_q.dtype)
@@ -70,7 +67,7 @@ def _either(free: Array, run: Any) -> None:
     pl.when(jnp.logical_not(free))(lambda: run(True))
 
 
-def _query_rows(size, place, begins, slot, begin, own, buffers, added, at, masked) -> None:
+def _query_rows(size, place, begins, slot, begin, own, buffers, added, at, partial) -> None:
     """Adds what a piece of a list gives to a piece of rows from ``at`` on."""
     count = row_piece(size.r, size.rows)
     q, d_out, shift, delta = (x[pl.ds(at, count), :] for x in own)
@@ -80,10 +77,10 @@ def _query_rows(size, place, begins, slot, begin, own, buffers, added, at, maske
     for cut in parts(len(begins), size.columns, key_piece(size.columns)):
         keys, values, *marks = (x[slot, pl.ds(first + cut[0], cut[1]), :] for x in buffers)
         scores = dot(q, keys, NT) * (LOG2E / math.sqrt(size.p))
-        if masked:
+        if partial:
             places = queries, tpu_masks.key_places(size, begins, cut)
             real = tpu_masks.real_lanes(marks[0]) if marks else None
-            scores = tpu_masks.masked(scores, size, places, real)
+            scores = masked(scores, size, places, real)
         weights = jnp.exp2(scores - wide(shift, cut[1]))
         slopes = weights * (dot(d_out, values, NT) - wide(delta, cut[1]))
         total = total + dot(slopes.astype(keys.dtype), keys, NN)
@@ -130,8 +127,8 @@ def key_kernel(
         free = jnp.bool_(real is None)
         for place in places:
             free = free & tpu_masks.all_seen(size, place, [first_key])
-        _either(free, lambda masked: each_piece(
-            size.columns, key_piece(size.columns), lambda at: step(at, masked)))  # fmt: skip
+        _either(free, lambda partial: each_piece(
+            size.columns, key_piece(size.columns), lambda at: step(at, partial)))  # fmt: skip
 
     first = (block == 0) & (part == 0)
     last = (block == size.y - 1) & (part == groups - 1)
@@ -143,7 +140,7 @@ def key_kernel(
         d_values[...] = value_sum[...].astype(d_values.dtype)
 
 
-def _key_rows(size, places, first_key, slot, begin, own, buffers, sums, at, masked) -> None:
+def _key_rows(size, places, first_key, slot, begin, own, buffers, sums, at, partial) -> None:
     """Adds what a piece of a transposed list gives to a piece of keys from ``at`` on."""
     count = key_piece(size.columns)
     rows = pl.ds(at, count)
@@ -155,11 +152,11 @@ def _key_rows(size, places, first_key, slot, begin, own, buffers, sums, at, mask
         q, d_out = (x[slot, pl.ds(first + cut[0], cut[1]), :] for x in buffers[:2])
         shift, delta = (_lanes(buffers[2], slot, begin, i, size.n, cut) for i in (0, 1))
         scores = dot(keys, q, NT) * (LOG2E / math.sqrt(size.p))
-        if masked:
+        if partial:
             real = None if marks is None else marks[:, :1] > 0
             at_keys = tpu_masks.along([first_key + at], count, 0)
             pair = _query_lanes(size, places, cut), at_keys
-            scores = tpu_masks.masked(scores, size, pair, real)
+            scores = masked(scores, size, pair, real)
         weights = jnp.exp2(scores - shift)
         value_sum = value_sum + dot(weights.astype(q.dtype), d_out, NN)
         slopes = weights * (dot(values, d_out, NT) - delta)

@@ -14,13 +14,9 @@ from jax.experimental import pallas as pl
 
 from dyncomp_kernels.sparse_attention import tpu_masks
 from dyncomp_kernels.sparse_attention.layout import Layout
+from dyncomp_kernels.sparse_attention.scores import LOG2E, LOW, NN, NT, dot, masked
 from dyncomp_kernels.sparse_attention.tpu_pieces import (
     LANES,
-    LOG2E,
-    LOW,
-    NN,
-    NT,
-    dot,
     each_piece,
     key_piece,
     key_sources,
@@ -57,8 +53,8 @@ def forward_kernel(
         step = functools.partial(
             _rows, size, place, begins, slot, begin, q, buffers, (top, total, mixed)
         )
-        run = lambda masked: each_piece(
-            size.n, row_piece(size.r, size.rows), lambda at: step(at, masked)
+        run = lambda partial: each_piece(
+            size.n, row_piece(size.r, size.rows), lambda at: step(at, partial)
         )
         if real is not None:
             run(True)
@@ -71,7 +67,7 @@ def forward_kernel(
     _finish(out, lse, top, total, mixed)
 
 
-def _rows(size, place, begins, slot, begin, q, buffers, scratch, at, masked) -> None:
+def _rows(size, place, begins, slot, begin, q, buffers, scratch, at, partial) -> None:
     """Adds a piece of a list to a piece of rows from ``at`` on."""
     count = row_piece(size.r, size.rows)
     rows, scale = pl.ds(at, count), LOG2E / math.sqrt(size.p)
@@ -84,10 +80,10 @@ def _rows(size, place, begins, slot, begin, q, buffers, scratch, at, masked) -> 
     ahead = score(cuts[0])
     for cut, following in zip(cuts, [*cuts[1:], None], strict=True):
         scores, ahead = ahead, score(following) if following else ahead
-        if masked:
+        if partial:
             real = tpu_masks.real_lanes(read(buffers[2], cut)) if len(buffers) > 2 else None
             places = queries, tpu_masks.key_places(size, begins, cut)
-            scores = tpu_masks.masked(scores, size, places, real)
+            scores = masked(scores, size, places, real)
         before, top = top, jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
         weights, shrink = jnp.exp2(scores - wide(top, cut[1])), jnp.exp2(before - top)
         total = total * shrink + _by_lane(weights)

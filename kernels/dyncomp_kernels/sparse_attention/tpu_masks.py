@@ -6,10 +6,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dyncomp_kernels.sparse_attention.layout import Layout
-from dyncomp_kernels.sparse_attention.tpu_pieces import LANES, NT, dot
-
-UNSEEN = float(jnp.finfo(jnp.float32).min)
-"""The score of a pair that is not seen."""
+from dyncomp_kernels.sparse_attention.scores import NT, dot
+from dyncomp_kernels.sparse_attention.tpu_pieces import LANES
 
 
 def all_seen(size: Layout, place: Array, begins: list[Array]) -> Array:
@@ -23,18 +21,6 @@ def all_seen(size: Layout, place: Array, begins: list[Array]) -> Array:
             seen = seen & (end - 1 <= place)
         if rule.window is not None:
             seen = seen & ((begin > last - rule.window) | (end <= rule.sink))
-    return seen
-
-
-def pairs(size: Layout, place: Array, key: Array, real: Array | None) -> Array:
-    """Which queries at ``place`` see which keys at ``key``; both broadcast against each other."""
-    rule, seen = size.seeing, key < size.s
-    if real is not None:
-        seen = seen & real
-    if rule.causal:
-        seen = seen & (key <= place)
-    if rule.window is not None:
-        seen = seen & ((key > place - rule.window) | (key < rule.sink))
     return seen
 
 
@@ -66,8 +52,3 @@ def key_places(size: Layout, begins: list[Array], cut: tuple[int, int, int]) -> 
     if width < size.columns:
         return along([begins[first] + at % size.columns], width, 1)
     return along(begins[first : first + width // size.columns], size.columns, 1)
-
-
-def masked(scores: Array, size: Layout, places: tuple[Array, Array], real: Array | None) -> Array:
-    """Scores with `UNSEEN` where a query does not see a key; ``places`` of queries and of keys."""
-    return jnp.where(pairs(size, *places, real), scores, UNSEEN)

@@ -1,6 +1,5 @@
 """TPU: what the kernels share: products, pieces of rows and of lists, where blocks lie and go."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +11,6 @@ from dyncomp_kernels.sparse_attention.layout import Layout
 from dyncomp_kernels.sparse_attention.tpu_walk import PIECE, Source
 
 LANES = 128
-LOG2E = math.log2(math.e)
-LOW = -1e30
-"""Top of a row that has seen nothing: its weights are 0, as an unseen score lies far below."""
-
-NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
-
-
-def dot(a: Array, b: Array, dims: Any) -> Array:
-    """A product of two matrices, float32; factors in float32 are multiplied as such."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
 def divisor(size: int, limit: int, unit: int = 1) -> int:
