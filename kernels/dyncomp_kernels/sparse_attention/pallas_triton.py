@@ -7,7 +7,6 @@ A program owns a tile of queries, or of keys in the backward pass, and loads the
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl

@@ -1,4 +1,4 @@
-"""Compares this machine's form with the definition in float64: ``python -m dyncomp_kernels.sparse_attention.selfcheck``.
+"""This machine's form against the definition in float64: ``python -m dyncomp_kernels.sparse_attention.selfcheck``.
 
 One line of JSON a problem: the worst error of output, log-sum-exp and the three gradients, each over the largest number
 of its array. Ends with an error where one exceeds its limit, or where the form does not serve the problem.
@@ -72,12 +72,15 @@ def errors(problem: Problem, implementation: Any = None) -> dict[str, float]:
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         args = jax.tree.map(np.asarray, (q, k, v, lists, d_out, d_lse, words))
         wide = [jnp.asarray(x.astype(np.float64)) for x in (*args[:3], *args[4:6])]
-        want = _all(sparse_attention_reference, *wide[:3], args[3], *wide[3:], **args[6])
+        q, k, v, d_out, d_lse = wide
+        want = _all(sparse_attention_reference, q, k, v, args[3], d_out, d_lse, **args[6])
     names = "out", "lse", "d_q", "d_k", "d_v"
     return {n: _worst(own, exact) for n, own, exact in zip(names, found, want, strict=True)}
 
 
-def _all(attend: Any, q: Array, k: Array, v: Array, lists: Any, d_out: Array, d_lse: Array, **words: Any) -> Any:  # fmt: skip
+def _all(
+    attend: Any, q: Array, k: Array, v: Array, lists: Any, d_out: Array, d_lse: Array, **words: Any
+) -> Any:
     """Output, log-sum-exp and gradients."""
 
     def loss(q: Array, k: Array, v: Array) -> Any:
