@@ -172,8 +172,8 @@ def forward(
 
 
 def backward(
-    saved: tuple[Array, ...], lists: BlockLists, offset: Array, real: Array | None, seeing: Seeing,
-    d_out: Array, d_lse: Array,
+    saved: tuple[Array, ...], lists: BlockLists, offset: Array, real: Array | None,
+    d_out: Array, d_lse: Array, seeing: Seeing,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of q, k and v (Dao et al. 2022, algorithm 4), in one pass over the listed blocks."""
     q, k, v, out, lse = saved
