@@ -35,11 +35,11 @@ TITLE = "MInference: a sparse pattern for every head, for long prompts"
 COMPUTE = "density"
 ARMS = [
     "dense", "searched", "a_shape", "lines", "blocks", "random",
-    "by_error", "shuffled", "folded", "static",
+    "by_error", "by_end", "shuffled", "folded", "static",
 ]  # fmt: skip
 MAIN = ("dense", "searched", "a_shape", "lines", "blocks", "random")
 """Arms of texts of 4,096 tokens."""
-LONGEST = ("dense", "searched", "a_shape", "blocks")
+LONGEST = ("dense", "a_shape", "lines", "blocks")
 TRIALS = dict.fromkeys(ARMS, 1)
 METRICS = {
     "text_2k": {"text": "nats a token after token 512, texts of 2,048 tokens", "minimize": True},
@@ -53,7 +53,7 @@ METRICS = {
     "pairs_4k": {"text": "pairs computed and looked at while choosing, of the causal ones (4,096 tokens)"},
     "pairs_8k": {"text": "the same, 8,192 tokens"},
 }  # fmt: skip
-TILE, TILES, SINCE, KEYS = 64, 6, 512, {"2k": 3, "4k": 1}
+TILE, TILES, SINCE, KEYS = 64, 6, 512, {"2k": 2, "4k": 1}
 SIZES = {"2k": 2048, "4k": 4096, "8k": 8192}
 COLUMNS = (64, 128, 192, 256)
 
@@ -126,9 +126,9 @@ class Arms:
         prompt, _ = study.prompt(self.length, "calibration")
         layers = study.heads(prompt)
         self.patterns = candidates(layers)
-        self.found = compare_patterns(layers, self.patterns, study.since)
-        real = jax.tree.map(lambda x: x[:-1], self.found)  # random blocks are no candidate
-        self.by_error = np.asarray(jnp.argmin(real.error, axis=0))
+        only = self.patterns[:-1]  # random blocks are no candidate
+        real = compare_patterns(layers, only, study.since)
+        end = compare_patterns(layers, only, self.length - TILE)
         searched = np.asarray(jnp.argmax(real.recall, axis=0))
         whole_model = lambda index: np.full(searched.shape, index)
         lines = 1 + int(np.argmax(np.asarray(real.recall)[1:-1].mean((1, 2))))
@@ -136,7 +136,9 @@ class Arms:
         kept = models.HeadPatterns(self.patterns, searched)
         shuffled = study.rng.permutation(searched.ravel()).reshape(searched.shape)
         self.tables = {
-            "searched": searched, "by_error": self.by_error, "shuffled": shuffled,
+            "searched": searched, "shuffled": shuffled,
+            "by_error": np.asarray(jnp.argmin(real.error, axis=0)),
+            "by_end": np.asarray(jnp.argmin(end.error, axis=0)),
             "folded": kept.released(columns=1, blocks=len(real.error) - 2).heads,
             "a_shape": whole_model(0), "lines": whole_model(lines),
             "blocks": whole_model(len(real.error) - 1), "random": whole_model(len(real.error)),
