@@ -4,7 +4,6 @@ Needs the weights (``DYNCOMP_SMOLLM2``, see docs/pretrained.md). A seed draws th
 pass keys. All sparse arms but *static* run in one compiled program; only which pattern a head has differs.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -125,10 +124,10 @@ class Arms:
         self.study, self.length = study, study.length("2k")
         prompt, _ = study.prompt(self.length, "calibration")
         layers = study.heads(prompt)
-        self.patterns = candidates(layers)
+        self.patterns = candidates(layers, study.short)
         only = self.patterns[:-1]  # random blocks are no candidate
         real = compare_patterns(layers, only, study.since)
-        end = compare_patterns(layers, only, self.length - TILE)
+        end = compare_patterns(layers, only, self.length - TILE // study.short)
         searched = np.asarray(jnp.argmax(real.recall, axis=0))
         whole_model = lambda index: np.full(searched.shape, index)
         lines = 1 + int(np.argmax(np.asarray(real.recall)[1:-1].mean((1, 2))))
@@ -166,9 +165,9 @@ class Arms:
 
     def kept(self, ids: list[int]) -> dict[str, dict[str, float]]:
         """Recall, error and density of every arm on a text's dense queries and keys."""
-        t, patterns = len(ids), self.patterns
-        found = compare_patterns(self.study.heads(ids), patterns, self.study.since)
-        causal = -(-t // TILE) * (-(-t // TILE) + 1) / 2
+        found = compare_patterns(self.study.heads(ids), self.patterns, self.study.since)
+        blocks = len(ids) * self.study.short // TILE
+        causal = blocks * (blocks + 1) / 2
         pick = lambda x, table: float(np.take_along_axis(np.asarray(x), table[None], 0).mean())
         return {
             arm: {
@@ -180,14 +179,15 @@ class Arms:
         }
 
 
-def candidates(layers: list[Any]) -> tuple[Any, ...]:
-    """Patterns of equal cost on a calibration text, and random blocks as the last."""
-    near = AShape(window=TILE * (TILES - 2) + 1, sink=TILE)
-    forced = {"sink": 1, "local": 2}
+def candidates(layers: list[Any], short: int) -> tuple[Any, ...]:
+    """Patterns of equal cost on a calibration text, and random blocks as the last; sizes are divided by ``short``."""
+    tile = TILE // short
+    near = AShape(window=tile * (TILES - 2) + 1, sink=tile, tile=tile)
+    forced = {"sink": 1, "local": 2, "tile": tile}
     q, k, _ = layers[0]
     tiles = float(near.choose(q, k, whole(q.shape[1])).tiles().mean())
-    most = VerticalSlash(vertical=1, slash=512, sink=30, local=TILE)
-    lines = [fit_slash(layers, dataclasses.replace(most, vertical=n), tiles) for n in COLUMNS]
+    most = {"slash": 512 // short, "sink": 30 // short, "local": tile, "probe": tile, "tile": tile}
+    lines = [fit_slash(layers, VerticalSlash(n // short, **most), tiles) for n in COLUMNS]
     return (near, *lines, TopBlocks(TILES, **forced), RandomBlocks(TILES, **forced))
 
 
@@ -259,7 +259,13 @@ def pictures(study: Study, arms: Arms) -> dict[str, Any]:
         f"{kind} {p.vertical}" if kind == "VerticalSlash" else kind
         for kind, p in zip(kinds, arms.patterns, strict=True)
     ]
-    return {"table": table.tolist(), "names": names[:-1], "heads": shown, "tokens": len(ids)}
+    return {
+        "table": table.tolist(),
+        "names": names[:-1],
+        "heads": shown,
+        "tokens": len(ids),
+        "tile": TILE // study.short,
+    }
 
 
 def _plain(chosen: Any, head: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from dyncomp.evidence import drawing
 
-TILE = 64
 LABELS = {
     "dense": "dense", "searched": "searched, each head its own", "a_shape": "A-shape", "lines": "vertical-slash",
     "blocks": "best blocks", "random": "random blocks",
@@ -38,13 +37,13 @@ def table(shown: dict[str, Any], path: Path) -> None:
 
 def heads(shown: dict[str, Any], path: Path) -> None:
     """One head of each kind: what its queries (downwards) compute of the keys."""
-    t, kinds = shown["tokens"], sorted(shown["heads"])
+    t, tile, kinds = shown["tokens"], shown["tile"], sorted(shown["heads"])
     figure, all_axes = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 4.2), squeeze=False)
     for axes, kind in zip(all_axes[0], kinds, strict=True):
         own, seen = shown["heads"][kind], np.zeros((t, t), bool)
         for x, begins in enumerate(own["spans"]):
             for begin in begins:
-                seen[x * TILE : (x + 1) * TILE, begin : begin + TILE] = True
+                seen[x * tile : (x + 1) * tile, begin : begin + tile] = True
         seen[:, own["columns"]] = True
         axes.imshow(
             np.tril(seen)[:: max(t // 700, 1), :: max(t // 700, 1)],
