@@ -78,8 +78,9 @@ class Study:
         self.programs: dict[Any, Any] = {}
 
     def length(self, name: str) -> int:
-        """Tokens of "2k" and so on."""
-        return SIZES[name] // self.short
+        """Tokens of "2k" and so on; a smoke run has two lengths, as each is compiled."""
+        size = SIZES[name] if self.short == 1 else min(SIZES[name], SIZES["4k"])
+        return size // self.short
 
     def text(self, kind: Any, length: int, part: Any = "evaluation") -> list[int]:
         """A new text."""
@@ -132,6 +133,8 @@ class Arms:
         whole_model = lambda index: np.full(searched.shape, index)
         lines = 1 + int(np.argmax(np.asarray(real.recall)[1:-1].mean((1, 2))))
         self.lines = self.patterns[lines]
+        self.assigned = functools.partial(Assigned, self.patterns)
+        self.static = functools.partial(FrozenLines, self.lines)
         kept = models.HeadPatterns(self.patterns, searched)
         shuffled = study.rng.permutation(searched.ravel()).reshape(searched.shape)
         self.tables = {
@@ -152,16 +155,20 @@ class Arms:
             return self.study.nats(Everything, None, ids, last)
         if arm == "static":
             told = self.lines_of(other or [])
-            return self.study.nats(functools.partial(FrozenLines, self.lines), told, ids, last)
+            return self.study.nats(self.static, told, ids, last)
         told = [{"heads": row} for row in self.tables[arm]]
-        return self.study.nats(functools.partial(Assigned, self.patterns), told, ids, last)
+        return self.study.nats(self.assigned, told, ids, last)
 
     def lines_of(self, ids: list[int]) -> list[dict[str, Any]]:
         """Places of lines in each layer of a text."""
         if tuple(ids) not in self.frozen:
-            call = jax.jit(lambda q, k: self.lines.lines(q, k, whole(q.shape[1])))
+            call = self.study.programs.setdefault("lines", jax.jit(self.of_text))
             self.frozen[tuple(ids)] = [call(q, k) for q, k, _ in self.study.heads(ids)]
         return self.frozen[tuple(ids)]
+
+    def of_text(self, q: Any, k: Any) -> dict[str, Any]:
+        """Lines of one layer."""
+        return self.lines.lines(q, k, whole(q.shape[1]))
 
     def kept(self, ids: list[int]) -> dict[str, dict[str, float]]:
         """Recall, error and density of every arm on a text's dense queries and keys."""
@@ -187,7 +194,8 @@ def candidates(layers: list[Any], short: int) -> tuple[Any, ...]:
     q, k, _ = layers[0]
     tiles = float(near.choose(q, k, whole(q.shape[1])).tiles().mean())
     most = {"slash": 512 // short, "sink": 30 // short, "local": tile, "probe": tile, "tile": tile}
-    lines = [fit_slash(layers, VerticalSlash(n // short, **most), tiles) for n in COLUMNS]
+    columns = COLUMNS if short == 1 else COLUMNS[::3]
+    lines = [fit_slash(layers, VerticalSlash(n // short, **most), tiles) for n in columns]
     return (near, *lines, TopBlocks(TILES, **forced), RandomBlocks(TILES, **forced))
 
 
