@@ -159,11 +159,11 @@ class ClusterSelection:
           DyncompError: the mixer is not plainly causal, or layers share and nothing is handed up to them.
         """
         asked.check_plain(self)
-        if self.share_group > 1 and asked.below is None:
-            raise DyncompError(
-                "ClusterSelection.share_group goes with the whole stack of blocks; run it, or use share_group=1"
-            )
         if self.share_group > 1:
+            if asked.below is None:
+                raise DyncompError(
+                    "ClusterSelection.share_group goes with the whole stack of blocks; run it, or use share_group=1"
+                )
             cache = dataclasses.replace(cache, layer=asked.below["kept_layer"])
         if asked.q.shape[1] == 1:
             return self._step(cache, asked, self._follows(cache))
