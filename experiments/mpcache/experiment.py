@@ -288,7 +288,7 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for name in CHOSEN:
         state = study.chosen(name)
-        results[name], after = study.run(state, float(jnp.mean(state.count)))
+        results[name], after = study.run(state, float(np.mean(state.count)))
         if name == "both_50_128":
             shown = pictures(study, after)
     for more in (recalls(study), secret(study)):
