@@ -217,8 +217,9 @@ def test_mixed_heads_are_one_layer():
         == Ledger(whole.cost(D, T)).record(whole.apply({"params": params}, x)[1].events).total()
     )
     cache, parts = mixed.init_cache(D, B, T), []
+    step = jax.jit(lambda x, cache: mixed.apply(variables, x, None, None, cache))
     for i in range(T):
-        y, aux = mixed.apply(variables, x[:, i : i + 1], None, None, cache)
+        y, aux = step(x[:, i : i + 1], cache)
         cache = aux.cache
         parts.append(y)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), want, atol=1e-5)

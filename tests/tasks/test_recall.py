@@ -51,7 +51,7 @@ def test_only_answers_count():
     found = TASK.metrics(logits, batch)
     assert found["accuracy"].value() == 1.0 and float(found["accuracy"].count) == 15
     loss, _ = RecallObjective()(logits, Aux(), batch, 0)
-    np.testing.assert_allclose(loss, np.log(np.exp(9) + 17) - 9, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.log(np.exp(9) + 17) - 9, rtol=1e-3)
     wrong = TASK.metrics(jnp.zeros_like(logits), batch)
     np.testing.assert_allclose(wrong["nll"].value(), np.log(18), rtol=1e-6)
 
