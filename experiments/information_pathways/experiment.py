@@ -188,7 +188,7 @@ def look(made: Seed) -> dict[str, Any]:
     # What is drawn depends on neither weights nor text: one arm's weights do for all.
     variables = load(made.workdir / "sigma_5", made.runs["sigma_5"]).variables
     batch = next(sequential(made.runs["dense"].task.source("validation"), 1, 1))
-    query = 3 * batch["inputs"].shape[1] // 4
+    query = 9 * batch["inputs"].shape[1] // 10
     seen: dict[str, Any] = {}
     for name in ("windows", "sigma_5", "unbiased"):
         model, rows = made.runs[name].model, []
