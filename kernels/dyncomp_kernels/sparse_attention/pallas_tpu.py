@@ -31,7 +31,7 @@ VMEM_BYTES = 64 * 2**20
 """Of the 128 MiB of a v5e or v6e."""
 
 
-def supports(q: Array, k: Array, lists: BlockLists) -> str | None:
+def supports(q: Any, k: Any, lists: BlockLists) -> str | None:
     """None where the kernels take these shapes and dtypes, else the reason why not."""
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"pallas takes float32 or bfloat16 alike, not {q.dtype} and {k.dtype}"
