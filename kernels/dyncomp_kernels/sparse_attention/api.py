@@ -75,7 +75,9 @@ def explain(q: Any, k: Any, lists: BlockLists) -> dict[str, str]:
         reason = supports(name, q, k, lists)
         if not reason and not _on_one_device():
             reason = "kernels are not partitioned: call it inside a shard_map"
-        fits = f"{name} serves" if platform in UNASKED else f"xla serves; {name} fits, where asked for by name"  # fmt: skip
+        fits = f"{name} serves"
+        if platform not in UNASKED:
+            fits = f"xla serves; {name} fits, where asked for by name"
         said[platform] = f"xla serves; {reason}" if reason else fits
     return said
 

@@ -110,7 +110,7 @@ def main() -> int:
     for problem in PROBLEMS:
         like = jax.ShapeDtypeStruct((2, problem.t, problem.h, problem.p), problem.dtype)
         reason = supports(form, like, like, problem.lists())
-        found = {"refused": reason} if reason else errors(problem, form)
+        found: dict[str, Any] = {"refused": reason} if reason else errors(problem, form)
         failed |= not reason and max(found.values()) > LIMITS[problem.dtype]
         line = {"device": device.device_kind, "form": form, **dataclasses.asdict(problem)}
         print(json.dumps({**line, **found}), flush=True)
