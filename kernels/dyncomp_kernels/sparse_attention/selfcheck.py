@@ -99,7 +99,7 @@ def _worst(own: Any, exact: Any) -> float:
     finite = np.isfinite(exact)
     if (np.isfinite(own) != finite).any():
         return float("inf")
-    return float(np.abs(own - exact)[finite].max() / max(np.abs(exact[finite]).max(), 1e-9))
+    return float(np.abs(own[finite] - exact[finite]).max() / max(np.abs(exact[finite]).max(), 1e-9))
 
 
 def main() -> int:
