@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dyncomp_kernels._compat import out_like, vary_like
+from dyncomp_kernels.sparse_attention import xla
 from dyncomp_kernels.sparse_attention.layout import Layout, rows_of_lists
 from dyncomp_kernels.sparse_attention.lists import BlockLists, transposed
 from dyncomp_kernels.sparse_attention.scores import LOG2E, LOW
@@ -31,7 +32,7 @@ VMEM_BYTES = 64 * 2**20
 """Of the 128 MiB of a v5e or v6e."""
 
 
-def supports(q: Array, k: Array, lists: BlockLists) -> str | None:
+def supports(q: Any, k: Any, lists: BlockLists) -> str | None:
     """None where the kernels take these shapes and dtypes, else the reason why not."""
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"pallas takes float32 or bfloat16 alike, not {q.dtype} and {k.dtype}"
@@ -76,9 +77,14 @@ def backward(
     saved: tuple[Array, ...], lists: BlockLists, offset: Array, real: Array | None,
     d_out: Array, d_lse: Array, seeing: Seeing, interpret: Any = False,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v; by the portable form where a group has no multiple of 128 rows in a block.
+
+    There the compiler has to shift numbers of queries across lanes, and did not finish within minutes.
+    """
     q, k, v, out, lse = saved
     size = Layout.of(q, k, lists, seeing)
+    if not interpret and size.n % LANES:
+        return xla.backward(saved, lists, offset, real, d_out, d_lse, seeing)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     shift = jnp.where(jnp.isfinite(lse), lse * LOG2E, -LOW)  # weights of a blind row are 0
     stats = jnp.concatenate([size.rows_of(shift), size.rows_of(delta)], axis=-2)

@@ -33,8 +33,8 @@ FORWARD, BACKWARD = (128, 64), (64, 64)
 
 def supports(q: Any, k: Any, lists: BlockLists) -> str | None:
     """None where the kernels take these shapes and dtypes, else the reason why not."""
-    if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"triton takes float32 or bfloat16 alike, not {q.dtype} and {k.dtype}"
+    if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
+        return f"triton takes bfloat16, not {q.dtype} and {k.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"triton takes heads of 64 or 128, not {q.shape[-1]}"
     if lists.unit not in (None, lists.columns):
@@ -56,7 +56,7 @@ def forward(
     body = functools.partial(forward_kernel, size, tiles)
     outs = [(queries.shape, q.dtype), (queries.shape[:3], jnp.float32)]
     grid = size.x * size.n // tiles.queries, size.u, size.b
-    out, lse = _call("sparse_attention_forward", body, grid, outs, args, 4, interpret)
+    out, lse = _call("sparse_attention_forward", body, grid, outs, args, size.p // 16, interpret)
     return size.of_queries(out), size.of_queries(lse[..., None])[..., 0]
 
 
@@ -84,7 +84,9 @@ def backward(
     body = functools.partial(key_kernel, size, tiles)
     grid = size.y * size.columns // tiles.keys, size.g, size.b
     outs = [own(x) for x in shared[:2]]
-    d_k, d_v = _call("sparse_attention_key_gradients", body, grid, outs, args, 4, interpret)
+    d_k, d_v = _call(
+        "sparse_attention_key_gradients", body, grid, outs, args, size.p // 16, interpret
+    )
     return size.of_queries(d_q), size.of_keys(d_k), size.of_keys(d_v)
 
 

@@ -1,7 +1,8 @@
 """This machine's form against the definition in float64: ``python -m dyncomp_kernels.sparse_attention.selfcheck``.
 
 One line of JSON a problem: the worst error of output, log-sum-exp and the three gradients, each over the largest number
-of its array. Ends with an error where one exceeds its limit, or where the form does not serve the problem.
+of its array, or why the form does not take the problem. Ends with an error where one exceeds its limit. On a TPU and on
+CUDA the form is the platform's own, elsewhere the portable one.
 """
 
 import dataclasses
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dyncomp_kernels.sparse_attention.api import explain, sparse_attention
+from dyncomp_kernels.sparse_attention.api import KERNELS, sparse_attention, supports
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of, lists_of
 from dyncomp_kernels.sparse_attention.reference import sparse_attention_reference
 
-LIMITS = {"float32": 2e-5, "bfloat16": 2e-2}
+LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ PROBLEMS = [
     Problem(512, 512, 4, 2, 128, 2, 128, 128, "bfloat16"),
     Problem(1000, 1100, 6, 2, 64, 6, 64, 64, "bfloat16", padded=True),
     Problem(1024, 2048, 4, 1, 128, 1, 512, 512, "bfloat16"),
+    Problem(700, 900, 4, 4, 128, 1, 128, 256, "bfloat16", padded=True),
     Problem(700, 900, 4, 4, 128, 1, 128, 256, "float32", padded=True),
     Problem(512, 2048, 8, 2, 64, 2, 128, 64, "float32", density=0.1),
 ]
@@ -97,20 +99,21 @@ def _worst(own: Any, exact: Any) -> float:
     finite = np.isfinite(exact)
     if (np.isfinite(own) != finite).any():
         return float("inf")
-    return float(np.abs(own - exact)[finite].max() / max(np.abs(exact[finite]).max(), 1e-9))
+    return float(np.abs(own[finite] - exact[finite]).max() / max(np.abs(exact[finite]).max(), 1e-9))
 
 
 def main() -> int:
     """Every problem; 1 where one fails."""
     failed, device = 0, jax.devices()[0]
     platform = "cuda" if device.platform == "gpu" else device.platform
+    form = KERNELS[platform][0] if platform in KERNELS else "xla"
     for problem in PROBLEMS:
         like = jax.ShapeDtypeStruct((2, problem.t, problem.h, problem.p), problem.dtype)
-        said = explain(like, like, problem.lists())
-        found = errors(problem)
-        failed |= max(found.values()) > LIMITS[problem.dtype]
-        line = {"device": device.device_kind, "form": said.get(platform, said["default"])}
-        print(json.dumps({**line, **dataclasses.asdict(problem), **found}), flush=True)
+        reason = supports(form, like, like, problem.lists())
+        found: dict[str, Any] = {"refused": reason} if reason else errors(problem, form)
+        failed |= not reason and max(found.values()) > LIMITS[problem.dtype]
+        line = {"device": device.device_kind, "form": form, **dataclasses.asdict(problem)}
+        print(json.dumps({**line, **found}), flush=True)
     return int(failed)
 
 
