@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from dyncomp.attention import BiLevelRouting
 from dyncomp.attention.bilevel import OPTIONS
-from dyncomp.attention.depthwise import DepthwiseConv, depthwise
+from dyncomp.attention.depthwise import DepthwiseConv, _convolved, depthwise
 from dyncomp.attention.regions import Regions, region_scores
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
@@ -281,14 +281,14 @@ def test_controls():
     assert "region_pairs" not in model.apply(variables, x)[1].events
 
 
-def test_depthwise_matches_a_grouped_convolution():
+def test_both_forms_of_the_depthwise_convolution():
     rng = np.random.default_rng(5)
     x = jnp.asarray(rng.normal(size=(2, 4, 7, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 3)), jnp.float32)
-    expected = jax.lax.conv_general_dilated(
-        x, kernel[:, :, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=3,
-    )  # fmt: skip
+    wide, expected = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), np.zeros((2, 4, 7, 3))
+    for r, c, i, j in np.ndindex(4, 7, 3, 3):
+        expected[:, r, c] += wide[:, r + i, c + j] * np.asarray(kernel)[i, j]
+    np.testing.assert_allclose(_convolved(x, kernel), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(depthwise(x, kernel), expected, rtol=1e-5, atol=1e-5)
 
 
