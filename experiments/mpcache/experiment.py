@@ -57,8 +57,8 @@ METRICS = {
     "read": {"text": "tokens that a query head reads in a layer", "minimize": True},
     "held": {"text": "tokens of the prompt that a layer keeps", "minimize": True},
     "scored": {"text": "summaries (or keys) scored in a layer and step; a bound counts twice"},
-    "recall": {"text": "attention mass in a quarter of the clusters, last 64 queries, all layers"},
-    "overlap": {"text": "share of a layer's clusters that the layer below chose too (chance 0.25)"},
+    "recall": {"text": "attention mass in a quarter of the clusters, first and last among them, 64 queries"},
+    "overlap": {"text": "share of a layer's clusters that the layer below chose too (chance about 0.32)"},
     "comparisons": {"text": "secret comparisons in a layer and step", "minimize": True},
     "softmax": {"text": "softmax elements in a layer and step", "minimize": True},
     "multiplications": {"text": "secret products of scores and attention in a layer and step"},
@@ -288,7 +288,7 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for name in CHOSEN:
         state = study.chosen(name)
-        results[name], after = study.run(state, float(np.mean(state.count)))
+        results[name], after = study.run(state, float(np.asarray(state.count).mean()))
         if name == "both_50_128":
             shown = pictures(study, after)
     for more in (recalls(study), secret(study)):
