@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dyncomp.attention.asked import pick
-from dyncomp.attention.importance import Split, Importance
+from dyncomp.attention.importance import Importance, Split
 from dyncomp.attention.sight import Sight
 from dyncomp.core.aux import Count
 from dyncomp.core.typing import Array, Float, Int
