@@ -41,7 +41,7 @@ class HeadPatterns:
     """
 
     patterns: tuple[Any, ...]
-    heads: np.ndarray
+    heads: Any  # lists are taken too
 
     def __post_init__(self):
         object.__setattr__(self, "heads", np.asarray(self.heads, np.int32))

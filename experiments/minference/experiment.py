@@ -24,6 +24,7 @@ from dyncomp.attention import (
     compare_patterns,
     fit_slash,
 )
+from dyncomp.attention.attention import PAIR_BLOCK
 from dyncomp.attention.search import whole
 from dyncomp.core.errors import DyncompError
 from dyncomp.evidence.seed import load_module
@@ -103,7 +104,8 @@ class Study:
             self.programs[key] = jax.jit(functools.partial(model.apply, method="hidden"))
         hidden, aux = self.programs[key](variables, jnp.asarray([ids]))
         events = aux.events["group_0"]["block_0"]["mixer"]
-        pairs = 16384 * events["pair_blocks"].needed.sum() + events["pairs"].needed.sum()
+        total = lambda name: int(np.asarray(events[name].needed, np.int64).sum())
+        pairs = PAIR_BLOCK * total("pair_blocks") + total("pairs")
         return self.loss(model, variables, hidden, ids, last), float(pairs)
 
     def loss(self, model: Any, variables: Any, hidden: Any, ids: list[int], last: int) -> float:
