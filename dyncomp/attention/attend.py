@@ -29,16 +29,28 @@ def attend(
     Head j reads key/value head ``j // (h / g)``. Scores and softmax are float32. A query that may see nothing gets
     the mean of all values: finite, and never looked at.
     """
+    weights = jax.nn.softmax(scores_of(q, k, allowed), axis=-1)
+    return weighted(weights, v).reshape(q.shape).astype(q.dtype)
+
+
+def scores_of(
+    q: Float[Array, "b t h p"], k: Float[Array, "b s g p"], allowed: Bool[Array, "#b t s"] | None
+) -> Float[Array, "b g r t s"]:
+    """Scaled scores, float32, the lowest number where nothing is allowed; r: query heads of a key/value head."""
     b, t, h, p = q.shape
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, p)
     scores = jnp.einsum("btgrp,bsgp->bgrts", q, k, preferred_element_type=jnp.float32)
     scores = scores * jnp.float32(1.0 / math.sqrt(p))
-    if allowed is not None:
-        scores = jnp.where(allowed[:, None, None], scores, LOWEST)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bgrts,bsgp->btgrp", weights, v, preferred_element_type=jnp.float32)
-    return mixed.reshape(b, t, h, p).astype(q.dtype)
+    return scores if allowed is None else jnp.where(allowed[:, None, None], scores, LOWEST)
+
+
+def weighted(
+    weights: Float[Array, "b g r t s"], v: Float[Array, "b s g p"]
+) -> Float[Array, "b t g r p"]:
+    """Values summed by float32 weights, which are rounded to the values' dtype first; float32."""
+    weights = weights.astype(v.dtype)
+    return jnp.einsum("bgrts,bsgp->btgrp", weights, v, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

@@ -13,6 +13,7 @@ from dyncomp.attention.asked import Asked, Work
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.cache import CacheState, FullCache
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.sampled import Sampled
 from dyncomp.attention.sight import Sight
 from dyncomp.core.aux import Aux, Count, count
 from dyncomp.core.dtypes import DTypes
@@ -64,6 +65,9 @@ class Attention(nn.Module):
       cache: factory of a cache policy, called with ``max_length``.
       pattern: factory of a sparse pattern (`attention.Pattern`) for passes of ``pattern_from`` positions and more;
         shorter ones and single tokens are dense. None for none.
+      sampler: factory of sampled attention (`attention.Sampler`): for passes with ``train=True``, and for any pass
+        that is given the random stream "dropout" (self-ensembles); all others are as if there were none. Adds the
+        event ``draws`` (per token).
     """
 
     heads: int
@@ -80,6 +84,7 @@ class Attention(nn.Module):
     cache: Factory = FullCache
     pattern: Factory | None = None
     pattern_from: int = 2
+    sampler: Factory | None = None
     dtypes: DTypes = DTypes()
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
@@ -140,10 +145,23 @@ class Attention(nn.Module):
         place = start + jnp.arange(t, dtype=jnp.int32)
         positions = place[None] if positions is None else positions
         plans: dict[str, Any] = {}
+        sampled = self.sampler is not None and (train or self.has_rng("dropout"))
         if cache is None:
             q, k = self._turn(q, positions), self._turn(k, positions)
-            mixed, work = self._whole(q, k, v, place, real, visible)
-            plans = {"heads": {"q": q, "k": k, "v": v}} if "heads" in capture else {}
+            key_place = place[None] if real is None else jnp.where(real, place[None], -1)
+            sight = Sight(place, key_place, visible, self.causal, self.window)
+            if sampled:
+                drawn = self._sampled(q, k, v, sight)
+                mixed, work, plans = drawn.mixed, Work(jnp.int32(drawn.executed), drawn.needed), {}
+                if "plan" in capture and drawn.plan is not None:
+                    plans = {"sampled": drawn.plan}
+            else:
+                mixed, work = self._whole(q, k, v, sight, real)
+            plans |= {"heads": {"q": q, "k": k, "v": v}} if "heads" in capture else {}
+        elif sampled:
+            raise DyncompError(
+                "Attention.sampler goes without a cache; leave out the stream 'dropout' (then the pass is dense)"
+            )
         else:
             mix = functools.partial(self._mix, place=place, visible=visible)
             plain = self.causal and self.window is None and visible is None
@@ -155,20 +173,36 @@ class Attention(nn.Module):
             elif work.needed is None:
                 work = dataclasses.replace(work, needed=self._needed(asked, cache, seen, visible))
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
+        events = self._events(real, b, t, work)
+        if self.sampler is not None:
+            events["draws"] = events["projections"] if sampled else count(0)
         up = {} if cache is None else cache.handed()
-        return y, Aux(events=self._events(real, b, t, work), cache=cache, plans=plans, below=up)
+        return y, Aux(events=events, cache=cache, plans=plans, below=up)
 
-    def _whole(self, q, k, v, place, real, visible) -> tuple[Array, Work]:
+    def _sampled(self, q: Array, k: Array, v: Array, sight: Sight) -> Sampled:
+        """A fresh draw.
+
+        Raises:
+          DyncompError: a window or ``visible``.
+        """
+        if self.window is not None or sight.visible is not None:
+            raise DyncompError(
+                "Attention.sampler goes without a window and visible; leave out the stream 'dropout' (then the pass is"
+                " dense) or the other one"
+            )
+        assert self.sampler is not None
+        check_factory(self.sampler, "Attention.sampler")
+        return self.sampler()(self.make_rng("dropout"), q, k, v, sight)
+
+    def _whole(self, q, k, v, sight: Sight, real: Array | None) -> tuple[Array, Work]:
         """Without a cache."""
         b, t = q.shape[:2]
-        key_place = place[None] if real is None else jnp.where(real, place[None], -1)
-        sight = Sight(place, key_place, visible, self.causal, self.window)
         if self._sparse_from(t):
             mixed, pairs = self._sparse(q, k, v, sight)
             return mixed, Work(pairs.executed, jnp.broadcast_to(pairs.needed, (b,)))
-        everything = real is None and visible is None and not self.causal
+        everything = real is None and sight.visible is None and not self.causal
         mixed = attend(q, k, v, None if everything else sight.all())
-        seen = None if self.window is None and visible is None else sight
+        seen = None if self.window is None and sight.visible is None else sight
         return mixed, Work(jnp.int32(t * t), self._dense(b, t, real, jnp.int32(0), seen))
 
     def _mix(self, q, k, v, key_place, *, place, visible, **more) -> tuple[Array, Array]:
@@ -273,13 +307,19 @@ class Attention(nn.Module):
         return events
 
     def cost(self, d_model: int, length: int) -> dict[str, Cost]:
-        """Price of a token's projections, of a pair and of a block of pairs (the length is in the counts)."""
-        del length
+        """Price of a token's projections, of a pair and of a block of pairs (the length is in the counts).
+
+        And of a token's share in drawing, where there is a sampler.
+        """
         h, g, p = self.sizes(d_model)
         width = (2 * h + 2 * g) * p
         item = self.dtypes.compute_itemsize
         pair = Cost(4 * h * p)
+        drawn = (
+            {} if self.sampler is None else {"draws": self.sampler().cost((h, g, p), length, item)}
+        )
         return {
+            **drawn,
             "projections": Cost(2 * d_model * width, (2 * d_model + width) * item),
             "pair_blocks": pair * PAIR_BLOCK,
             "pairs": pair,

@@ -1,6 +1,7 @@
 """The offline search for the pattern of every head: candidates of equal cost, least error (MInference, algorithm 1)."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -62,14 +63,14 @@ def compare(heads: Heads, choices: Sequence[Chosen], since: int = 0) -> Compared
 
 def compare_patterns(layers: Sequence[Heads], patterns: Sequence[Any], since: int = 0) -> Compared:
     """`compare` of patterns over layers: [c l h]. Compiles once for all layers of a shape."""
-
-    @jax.jit
-    def one(heads: Heads) -> Compared:
-        sight = whole(heads[0].shape[1])
-        return compare(heads, [p.choose(*heads[:2], sight) for p in patterns], since)
-
-    found = [one(heads) for heads in layers]
+    found = [_compare_layer(heads, tuple(patterns), since) for heads in layers]
     return Compared(*(jnp.stack(part, axis=1) for part in zip(*found, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _compare_layer(heads: Heads, patterns: tuple[Any, ...], since: int) -> Compared:
+    sight = whole(heads[0].shape[1])
+    return compare(heads, [pattern.choose(*heads[:2], sight) for pattern in patterns], since)
 
 
 def fit_slash(layers: Sequence[Heads], pattern: VerticalSlash, tiles: float) -> VerticalSlash:

@@ -15,10 +15,12 @@ from dyncomp.core.typing import Array, Bool, Float, Int
 def recent_attention(
     q: Float[Array, "b w h p"],
     k: Float[Array, "b s g p"],
-    place: Int[Array, "w"],
+    place: Int[Array, "#b w"] | Int[Array, "w"],
     real: Bool[Array, "b s"] | None = None,
 ) -> Float[Array, "b h w s"]:
     """softmax(q k^T / sqrt(p)), causal, of a few queries over all keys: what MInference (arXiv 2407.02490) looks at.
+
+    A query that sees no key gets zeros.
 
     Args:
       place: where the queries stand among the keys.
@@ -29,10 +31,11 @@ def recent_attention(
     split = q.reshape(b, w, g, h // g, p)
     scores = jnp.einsum("bwgrp,bsgp->bgrws", split, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(b, h, w, s) / jnp.float32(math.sqrt(p))
-    seen = jnp.arange(s, dtype=jnp.int32)[None] <= place[:, None]
-    seen = jnp.broadcast_to(seen[None], (b, w, s)) if real is None else seen[None] & real[:, None]
+    place = place if place.ndim == 2 else place[None]
+    seen = jnp.arange(s, dtype=jnp.int32)[None, None] <= place[:, :, None]
+    seen = jnp.broadcast_to(seen, (b, w, s)) if real is None else seen & real[:, None]
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    return jax.nn.softmax(scores, axis=-1, where=seen[:, None])
+    return jnp.where(seen[:, None], jax.nn.softmax(scores, axis=-1, where=seen[:, None]), 0.0)
 
 
 def vertical_scores(weights: Float[Array, "b h w s"]) -> Float[Array, "b h s"]:
@@ -92,6 +95,55 @@ def best(
     count = jnp.minimum(jnp.minimum(jnp.asarray(budget, jnp.int32), most), end)
     kept = jnp.where(jnp.arange(most, dtype=jnp.int32) < count, index.astype(jnp.int32), s)
     return jnp.sort(kept, axis=-1), jnp.broadcast_to(count, scores.shape[:-1])
+
+
+def covering(
+    mass: Float[Array, "*n s"],
+    share: Float[Array, ""] | float,
+    total: Float[Array, "*n"],
+    slack: float = 1e-5,
+) -> Int[Array, "*n"]:
+    """How many of the largest masses add up to a share of a total (ZipVL, arXiv 2410.08584, eq. 6); at least 1.
+
+    Args:
+      share: tau, a run-time value; from 1 on all s count, as a sum of float32 may miss or pass the total.
+      total: what all masses add up to.
+      slack: how much of the total may be missing, so that rounding takes no key too many.
+    """
+    s = mass.shape[-1]
+    share = jnp.asarray(share, jnp.float32)
+    largest = -jnp.sort(-mass.astype(jnp.float32), axis=-1)
+    short = jnp.cumsum(largest, axis=-1) < ((share - slack) * total)[..., None]
+    count = jnp.minimum(jnp.sum(short, axis=-1, dtype=jnp.int32) + 1, s)
+    return jnp.where(share >= 1.0, s, count)
+
+
+def split_by(
+    scores: Float[Array, "b s"], count: Int[Array, "b"], real: Bool[Array, "b s"]
+) -> Int[Array, "b s"]:
+    """A permutation: the ``count`` best real places, ascending, then the other real ones, ascending, then the rest.
+
+    Of equal scores the earlier place wins.
+    """
+    b, s = scores.shape
+    best = jnp.argsort(jnp.where(real, -scores, jnp.inf), axis=-1, stable=True)
+    first = jnp.arange(s, dtype=jnp.int32)[None] < count[:, None]
+    rows = jnp.arange(b, dtype=jnp.int32)[:, None]
+    chosen = jnp.zeros((b, s), bool).at[rows, best].set(first) & real
+    return gathered_first(chosen, real & ~chosen)
+
+
+def gathered_first(first: Bool[Array, "b s"], then: Bool[Array, "b s"]) -> Int[Array, "b s"]:
+    """A permutation: places of ``first``, ascending, those of ``then``, and the rest; the two are disjoint."""
+    b, s = first.shape
+    start, at = jnp.zeros((b, 1), jnp.int32), jnp.zeros((b, s), jnp.int32)
+    for group in (first, then, ~first & ~then):
+        count = jnp.cumsum(group, axis=1, dtype=jnp.int32)
+        at = jnp.where(group, start + count - 1, at)
+        start = start + count[:, -1:]
+    place = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (b, s))
+    rows = jnp.arange(b, dtype=jnp.int32)[:, None]
+    return jnp.zeros((b, s), jnp.int32).at[rows, at].set(place)
 
 
 def best_blocks(

@@ -16,7 +16,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
 from dyncomp_kernels.decode_attention.api import gathered
 
-Vote = Literal["soft", "scaled", "raw", "random"]
+Vote = Literal["soft", "scaled", "raw", "random", "recent"]
 
 
 @struct.dataclass
@@ -65,8 +65,8 @@ class TokenSelection:
       sink, top, local: first, selected and newest tokens of a list.
       chunk: a longer pass is read in pieces of so many positions, which select by their mean query; at most ``local``,
         so that a piece sees itself. None reads passes of more than one position densely.
-      vote: "soft" as above (no 1/sqrt(p), as the released code), "scaled" with it, "raw" adds products up, "random" is
-        a control.
+      vote: "soft" as above (no 1/sqrt(p), as the released code), "scaled" with it, "raw" adds products up; "random" and
+        "recent" (the newest candidates) are controls that score nothing.
       heads: "grouped" pairs query head j with key head j // (h / g); "modulo" with j mod g, as the released kernel does
         against its own text.
       compact: consecutive places for what is read; False keeps the text's.
@@ -184,7 +184,8 @@ class TokenSelection:
 
         def select(cache: Selecting) -> tuple[Array, Array]:
             candidates = (ranks >= self.sink) & (ranks < (count - self.local)[:, None])
-            return self._best(cache, query, candidates), jnp.int32(s)
+            scored = 0 if self.vote in ("random", "recent") else s
+            return self._best(cache, query, candidates), jnp.int32(scored)
 
         if self.reuse is None or asked.q.shape[1] > 1:
             chosen, scored = select(cache)
@@ -207,11 +208,17 @@ class TokenSelection:
         self, cache: Selecting, query: Float[Array, "b h p"], candidates: Bool[Array, "b s"]
     ) -> Int[Array, "b m"]:
         """The candidates with most votes, ascending."""
-        votes = votes_of(query, cache.keys, candidates, self.vote, self.heads)
-        if self.vote == "random":
-            votes = jax.random.uniform(
-                jax.random.fold_in(jax.random.key(0), cache.length), votes.shape
-            )
+        if self.vote == "recent":
+            order = jnp.arange(candidates.shape[1], dtype=jnp.float32)
+            votes = jnp.broadcast_to(order, candidates.shape)
+        elif self.vote == "random":
+            bits = jax.lax.bitcast_convert_type(
+                jnp.sum(query), jnp.uint32
+            )  # another in every layer
+            key = jax.random.fold_in(jax.random.key(0), bits)
+            votes = jax.random.uniform(key, candidates.shape)
+        else:
+            votes = votes_of(query, cache.keys, candidates, self.vote, self.heads)
         votes = jnp.where(candidates, votes, -jnp.inf)
         best, index = lax.top_k(votes, cache.chosen.shape[1])
         within = (best > -jnp.inf) & (jnp.arange(index.shape[1]) < cache.budget)

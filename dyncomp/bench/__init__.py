@@ -23,6 +23,7 @@ BENCHES = {
     "exits": "the exit executor against the full network",
     "experts": "the mixture of experts against the dense unit of equal active width",
     "generate": "decoding a language model against transformers and the memory's speed, and what skipping layers saves",
+    "attention": "attention over listed blocks against dense rivals, and what prefill and decode save",
 }
 """Name -> what it measures; ``rows(quick: bool) -> list[dict]`` is in the module of that name."""
 

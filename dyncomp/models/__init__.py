@@ -3,7 +3,9 @@
 from dyncomp.models.apart import apart, with_mixers
 from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
+from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
+from dyncomp.models.factored import FactoredLM
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.head_patterns import (
     HeadPatterns,
@@ -22,6 +24,7 @@ from dyncomp.models.layout import (
 )
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
+from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.stopping import StoppingLM
@@ -29,13 +32,18 @@ from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
     "Block",
+    "ConvBlock",
     "DecoderLM",
     "ExitingClassifier",
+    "FactoredLM",
     "Group",
     "GroupStack",
+    "HalvingConv",
     "HeadPatterns",
+    "Level",
     "NestedLM",
     "Norm",
+    "Pyramid",
     "SkippingLM",
     "StoppingLM",
     "VisionTransformer",
@@ -43,12 +51,14 @@ __all__ = [
     "apply",
     "block_outputs",
     "block_places",
+    "ensemble_nll",
     "is_stacked",
     "join_blocks",
     "kv_cost",
     "layer_caches",
     "read_heads",
     "search_patterns",
+    "self_ensemble",
     "stack",
     "unstack",
     "with_layer_caches",

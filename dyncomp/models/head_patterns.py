@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from dyncomp import attention
+from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Int, Variables
 from dyncomp.models.apart import bound
@@ -40,7 +41,7 @@ class HeadPatterns:
     """
 
     patterns: tuple[Any, ...]
-    heads: np.ndarray
+    heads: Any  # lists are taken too
 
     def __post_init__(self):
         object.__setattr__(self, "heads", np.asarray(self.heads, np.int32))
@@ -104,7 +105,7 @@ def read_heads(
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     x = model.apply({"params": own["params"]}, tokens, places, method="embed")
     for g, group in enumerate(model.groups):
-        calls = [_reader(make, model) for make in group.blocks]
+        calls = [_reader(make, model.dtypes) for make in group.blocks]
         for layer in range(group.repeat):
             for j, call in enumerate(calls):
                 params = own["params"][f"group_{g}"][STACKED][f"block_{j}"]
@@ -112,9 +113,11 @@ def read_heads(
                 yield heads
 
 
-def _reader(make: Any, model: DecoderLM) -> Any:
+@functools.lru_cache(maxsize=64)
+def _reader(make: Any, dtypes: DTypes) -> Any:
+    """One block with dense attention; compiled once for a factory."""
     change = {"pattern": attention.Everything, "pattern_from": 2}
-    block = bound(make, change)(dtypes=model.dtypes)
+    block = bound(make, change)(dtypes=dtypes)
 
     @jax.jit
     def call(params: Any, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:

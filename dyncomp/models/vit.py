@@ -25,7 +25,7 @@ from dyncomp.models.group import (
 )
 from dyncomp.models.norm import Norm, NormKind
 
-Pool = Literal["cls", "mean"]
+Pool = Literal["cls", "mean", "tokens"]
 
 
 class PatchEmbed(nn.Module):
@@ -61,7 +61,7 @@ class Head(nn.Module):
     dtypes: DTypes = DTypes()
 
     @nn.compact
-    def __call__(self, features: Float[Array, "b d"]) -> Float[Array, "b c"]:
+    def __call__(self, features: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
         """Class logits."""
         shape = (features.shape[-1], self.classes)
         zeros, lecun = nn.initializers.zeros_init(), nn.initializers.lecun_normal()
@@ -70,7 +70,7 @@ class Head(nn.Module):
         logits = jnp.matmul(
             features, kernel.astype(features.dtype), preferred_element_type=jnp.float32
         )
-        return logits + bias.astype(jnp.float32)[None]
+        return logits + jnp.broadcast_to(bias.astype(jnp.float32), logits.shape)
 
 
 class VisionTransformer(nn.Module):
@@ -82,7 +82,7 @@ class VisionTransformer(nn.Module):
       d_model: d.
       groups: the stack of blocks (with a mixer that is not causal).
       layers: as in `DecoderLM`.
-      pool: classify the class token or the mean of all tokens.
+      pool: classify the class token, the mean of all tokens, or every token (dense prediction).
     """
 
     classes: int
@@ -98,8 +98,10 @@ class VisionTransformer(nn.Module):
 
     def __post_init__(self):
         check_execution(self.layers, self.remat)
-        if self.pool not in ("cls", "mean"):
-            raise DyncompError(f"VisionTransformer.pool={self.pool!r}: use 'cls' or 'mean'")
+        if self.pool not in ("cls", "mean", "tokens"):
+            raise DyncompError(
+                f"VisionTransformer.pool={self.pool!r}: use 'cls', 'mean' or 'tokens'"
+            )
         self.groups = tuple(self.groups)
         super().__post_init__()
 
@@ -121,8 +123,8 @@ class VisionTransformer(nn.Module):
         mask: Array | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "b c"], Aux]:
-        """Class logits, float32.
+    ) -> tuple[Float[Array, "b *t c"], Aux]:
+        """Class logits, float32; [b t c], patches in row-major order, with ``pool="tokens"``.
 
         Args:
           images: float32, any scale the data set uses.
@@ -138,7 +140,13 @@ class VisionTransformer(nn.Module):
         mask: Array | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "l b d"], Aux]:
-        """Pooled, final-normed features after every block, in the order of execution (what exits look at)."""
+        """Pooled, final-normed features after every block, in the order of execution (what exits look at).
+
+        Raises:
+          DyncompError: every token is classified.
+        """
+        if self.pool == "tokens":
+            raise DyncompError("VisionTransformer.features needs pool='cls' or 'mean'")
         _, aux = self._run(images, mask, train, ("hidden",))
         stacked = []
         for index, stack in enumerate(self.group):
@@ -178,13 +186,15 @@ class VisionTransformer(nn.Module):
             index -= stack.depth
         raise DyncompError(f"block {index} past the last of {self.depth}")
 
-    def pooled(self, x: Float[Array, "*n t d"]) -> Float[Array, "*n d"]:
-        """The final norm, then the class token or the mean over tokens."""
+    def pooled(self, x: Float[Array, "*n t d"]) -> Float[Array, "*m d"]:
+        """The final norm, then the class token, the mean over tokens, or all of them."""
+        if self.pool == "tokens":
+            return self.final_norm(x)
         if self.pool == "cls":
             return self.final_norm(x[..., 0, :])
         return jnp.mean(self.final_norm(x).astype(jnp.float32), axis=-2).astype(x.dtype)
 
-    def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b c"]:
+    def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b *t c"]:
         """Pool, normalise, classify: the last segment."""
         return self.head(self.pooled(x))
 
@@ -210,6 +220,7 @@ class VisionTransformer(nn.Module):
             2 * (h // self.patch) * (w // self.patch) * self.patch**2 * c * d, h * w * c * 4
         )
         head = Cost(2 * d * self.classes, d * item + self.classes * 4)
+        head = head * t if self.pool == "tokens" else head
         return {"embed": {"images": embed}, **groups, "head": {"images": head}}
 
 

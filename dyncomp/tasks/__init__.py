@@ -8,7 +8,9 @@ from dyncomp.tasks.library_text import LibraryText
 from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
+from dyncomp.tasks.recall import Recall, RecallObjective
 from dyncomp.tasks.stopping import StoppingObjective, exits_right
+from dyncomp.tasks.tiles import TwinTiles
 from dyncomp.tasks.token_classes import CLASSES, byte_classes, token_classes
 
 __all__ = [
@@ -24,10 +26,13 @@ __all__ = [
     "LibraryText",
     "Loader",
     "NestedObjective",
+    "Recall",
+    "RecallObjective",
     "Source",
     "StoppingObjective",
     "Task",
     "TextFiles",
+    "TwinTiles",
     "byte_classes",
     "exits_right",
     "token_classes",

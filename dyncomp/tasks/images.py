@@ -14,7 +14,7 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.metrics import Mean
-from dyncomp.tasks.base import ArraySource, Split, Task, check_split
+from dyncomp.tasks.base import ArraySource, Source, Split, Task, check_split
 from dyncomp.tasks.hub import load_hub
 from dyncomp.tasks.objectives import ClassificationObjective, classification_metrics
 
@@ -23,11 +23,33 @@ Arrays = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
+class Enlarged:
+    """A source whose images are enlarged batch by batch.
+
+    Attributes:
+      source: of batches with ``inputs`` [b h w c].
+      times: what height and width are multiplied with.
+    """
+
+    source: Source
+    times: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples at ``indices``."""
+        found = self.source.batch(indices)
+        return {**found, "inputs": found["inputs"].repeat(self.times, 1).repeat(self.times, 2)}
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageTask(Task):
     """Base of the image tasks: ``inputs`` float32 [b h w c] standardised, ``targets`` int32 [b].
 
     Attributes:
       label_smoothing: see `ClassificationObjective`.
+      enlarge: every pixel becomes a square of enlarge x enlarge pixels.
     """
 
     headline: ClassVar[str] = "accuracy"
@@ -35,15 +57,19 @@ class ImageTask(Task):
     classes: ClassVar[int] = 10
 
     label_smoothing: float = 0.0
+    enlarge: int = 1
 
     def arrays(self) -> Mapping[str, Arrays]:
         """Split -> inputs and targets."""
         raise NotImplementedError
 
-    def source(self, split: Split) -> ArraySource:
+    def source(self, split: Split) -> Source:
         """Examples of a split."""
         check_split(split)
-        return ArraySource(self.arrays()[split])
+        if self.enlarge < 1:
+            raise DyncompError(f"{type(self).__name__}.enlarge={self.enlarge}: use 1 or more")
+        found = ArraySource(self.arrays()[split])
+        return found if self.enlarge == 1 else Enlarged(found, self.enlarge)
 
     def objective(self) -> ClassificationObjective:
         """Cross-entropy."""
@@ -146,13 +172,28 @@ class FashionMNIST(ImageTask):
 
     Attributes:
       path: folder of the IDX files; default ``$FASHION_MNIST`` or where Debian's package puts them.
+      train_size: train on the first so many images only; 0 for all.
     """
 
     path: str | None = None
+    train_size: int = 0
 
     def arrays(self) -> Mapping[str, Arrays]:
-        """All four splits."""
-        return _fashion(self.path or os.environ.get("FASHION_MNIST") or FASHION_FOLDER)
+        """All four splits.
+
+        Raises:
+          DyncompError: fewer than no images, or more than there are.
+        """
+        found = _fashion(self.path or os.environ.get("FASHION_MNIST") or FASHION_FOLDER)
+        images = len(found["train"]["inputs"])
+        if not 0 <= self.train_size <= images:
+            raise DyncompError(
+                f"FashionMNIST.train_size={self.train_size}: use at most {images}, or 0 for all"
+            )
+        if not self.train_size:
+            return found
+        few = {name: values[: self.train_size] for name, values in found["train"].items()}
+        return {**found, "train": few}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +221,8 @@ class HubImages(ImageTask):
         """See `Task.spec`; with ``size`` the data are not looked at."""
         if not self.size:
             return super().spec()
-        shape = (self.size, self.size, 3 if self.color else 1)
+        side = self.size * self.enlarge
+        shape = (side, side, 3 if self.color else 1)
         return {
             "inputs": jax.ShapeDtypeStruct(shape, np.float32),
             "targets": jax.ShapeDtypeStruct((), np.int32),

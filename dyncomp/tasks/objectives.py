@@ -147,7 +147,7 @@ def answer_of(
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationObjective:
-    """Mean cross-entropy over examples plus auxiliary losses.
+    """Mean cross-entropy over examples, or over all their tokens (dense prediction), plus auxiliary losses.
 
     Attributes:
       label_smoothing: mass spread evenly over classes, in [0, 1).
@@ -169,7 +169,7 @@ class ClassificationObjective:
 
     def __call__(
         self,
-        output: Float[Array, "b c"] | Mapping[str, Any],
+        output: Float[Array, "b *t c"] | Mapping[str, Any],
         aux: Aux,
         batch: Mapping[str, Any],
         step: Any,
@@ -179,25 +179,30 @@ class ClassificationObjective:
         nll = token_nll(logits, batch["targets"])
         uniform = -jnp.mean(jax.nn.log_softmax(logits, axis=-1), axis=-1)
         smooth = (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
-        mean = Mean.of(smooth, batch["mask"])
+        mean = Mean.of(smooth, each(batch["mask"], smooth))
         extra, metrics = weighted_aux(aux, self.aux_weights, self.aux_reduce)
         loss = jnp.asarray(mean.total / jnp.maximum(mean.count, 1.0) + extra)
         return loss, {**classification_metrics(output, batch), **metrics}
 
 
+def each(mask: Array | np.ndarray, like: Array) -> Array:
+    """A mask [b] or [b t] as weights of ``like`` [b ...]: every token of a real example counts."""
+    return jnp.broadcast_to(
+        jnp.reshape(mask, mask.shape + (1,) * (like.ndim - mask.ndim)), like.shape
+    )
+
+
 def classification_metrics(
-    output: Float[Array, "b c"] | Mapping[str, Any], batch: Mapping[str, Any]
+    output: Float[Array, "b *t c"] | Mapping[str, Any], batch: Mapping[str, Any]
 ) -> dict[str, Mean]:
     """Accuracy and negative log-likelihood (nats) over real examples, of the answer each leaves with.
 
     A model that may leave early also gets ``accuracy_final``, of its last layer on all examples.
     """
-    right = lambda logits: Mean.of(jnp.argmax(logits, axis=-1) == batch["targets"], batch["mask"])
+    mean = lambda values: Mean.of(values, each(batch["mask"], values))
+    right = lambda logits: mean(jnp.argmax(logits, axis=-1) == batch["targets"])
     logits = answer_of(output)
-    found = {
-        "accuracy": right(logits),
-        "nll": Mean.of(token_nll(logits, batch["targets"]), batch["mask"]),
-    }
+    found = {"accuracy": right(logits), "nll": mean(token_nll(logits, batch["targets"]))}
     if isinstance(output, Mapping):
         found["accuracy_final"] = right(answer_of(output, "final"))
     return found

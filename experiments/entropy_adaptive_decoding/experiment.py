@@ -1,7 +1,8 @@
 """Entropy adaptive decoding (arXiv 2502.06833) on byte-level models: its choices against random ones, on given text.
 
 Two networks a seed, one forward pass each over the same held-out windows of 256 bytes; every arm is a choice between
-their predictions. Thresholds are set on calibration windows, everything is reported on validation windows.
+their predictions. Thresholds are set on calibration windows, everything is reported on validation windows. The last
+arms write: the decode drivers themselves, greedily after the same prompts, switching against speculative decoding.
 """
 
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 from dyncomp import config
 from dyncomp.decoding import (
     EntropySwitch,
+    OtherModel,
     PeriodicSwitch,
+    SpeculativeGenerator,
     SwitchingGenerator,
     choose_on_text,
     entropy_bits,
@@ -41,20 +44,23 @@ ARMS = [
     "small", "large",
     *(f"{kind}_{share}" for share in SHARES for kind in ("entropy", "random", "periodic", "oracle")),
     *(f"{variant}_62" for variant in VARIANTS), *(f"{variant}_random_62" for variant in VARIANTS),
-    *(f"tau_{int(10 * tau)}" for tau in TAUS), "written",
+    *(f"tau_{int(10 * tau)}" for tau in TAUS),
+    *(f"written_{share}" for share in SHARES), "speculative", "speculative_fixed",
 ]  # fmt: skip
 TRIALS = dict.fromkeys(ARMS, 1)  # a threshold is set to a share of the large model, not to quality
 METRICS = {
     "nats": {"text": "validation cross-entropy of who runs, nats per byte", "minimize": True},
-    "large_share": {"text": "share of steps by the large model", "minimize": True},
+    "large_share": {"text": "passes of the large model a written byte", "minimize": True},
     "cost": {"text": "parameters times steps, relative to the large model (no catch-up)"},
-    "flops": {"text": "tokens read times parameters, catch-up included, relative to the large model"},
+    "flops": {"text": "tokens read times parameters, relative to the large model (catch-up, refused drafts included)"},
     "switches": {"text": "changes of model in a window"},
     "corr_gap": {"text": "correlation of the small model's entropy with the gap in loss"},
     "corr_loss": {"text": "correlation of the small model's entropy with its own loss"},
     "same": {"text": "share of written bytes until the first that the large model alone writes otherwise"},
+    "differs": {"text": "one minus that", "minimize": True},
 }  # fmt: skip
-BATCHES, CALIBRATION, DRAWS, WRITTEN = 40, 20, 20, 64
+BATCHES, CALIBRATION, DRAWS = 40, 20, 20
+PROMPTS, PROMPT, WRITTEN = 16, 32, 64
 QUICK = ["STEPS=4", "BATCH=2", "CONTEXT=48"]
 SCAN = np.linspace(0.0, 8.0, 161, dtype=np.float32)
 
@@ -146,21 +152,65 @@ def periodic(models: np.ndarray) -> np.ndarray:
     return np.asarray(choose_on_text(switch, blank, blank, jnp.float32(0)))
 
 
-def written(pair: Pair, threshold: float, quick: bool) -> dict[str, float]:
-    """The decode driver itself: greedy text after eight prompts, against the large model alone."""
-    nets = {name: (run.model, pair.variables[name]) for name, run in pair.runs.items()}
-    generator = SwitchingGenerator(nets["small"], nets["large"])
-    inputs = next(iter(sequential(pair.runs["small"].task.source("validation"), 8, 1)))["inputs"]
-    new, rows = (8, 1) if quick else (WRITTEN, 8)
-    same, models = [], []
-    for row in inputs[:rows]:
-        prompt = [row[:32].tolist()]
-        (one,) = generator.generate(prompt, new, threshold=threshold)
-        (alone,) = generator.generate(prompt, new, threshold=-1.0)
-        equal = np.asarray(one.tokens) == np.asarray(alone.tokens)
-        same.append(np.cumprod(equal).mean())
-        models.append(one.models)
-    return {"same": float(np.mean(same)), "large_share": float(np.mean(models))}
+class Writers:
+    """The decode drivers, each writing after the same prompts; judged against the large model's own text."""
+
+    def __init__(self, pair: Pair, quick: bool):
+        nets = {name: (run.model, pair.variables[name]) for name, run in pair.runs.items()}
+        self.switching = SwitchingGenerator(nets["small"], nets["large"])
+        self.speculating = {
+            "speculative": SpeculativeGenerator(*nets["large"], OtherModel(*nets["small"])),
+            "speculative_fixed": SpeculativeGenerator(
+                *nets["large"], OtherModel(*nets["small"]), adaptive=False
+            ),
+        }
+        self.sizes, self.new = pair.sizes(), 8 if quick else WRITTEN
+        source = pair.runs["small"].task.source("validation")
+        batches = sequential(source, pair.runs["small"].batch_size, 1 if quick else PROMPTS)
+        rows = [row[:PROMPT].tolist() for batch in batches for row in batch["inputs"][:1]]
+        self.alone = [(row, self._switch(row, -1.0).tokens) for row in rows]
+
+    def _switch(self, row: list[int], threshold: float) -> Any:
+        return self.switching.generate([row], self.new, threshold=threshold)[0]
+
+    def _figures(self, same: list, passes: list, work: list) -> dict[str, float]:
+        small, large = self.sizes
+        steps, read = np.mean(passes, axis=0) / self.new, np.mean(work, axis=0) / self.new
+        price = lambda counts: float(counts[0] * small / large + counts[1])
+        return {
+            "same": float(np.mean(same)),
+            "large_share": float(steps[1]),
+            "cost": price(steps),
+            "flops": price(read),
+        }
+
+    def switched(self, threshold: float) -> dict[str, float]:
+        """By entropy."""
+        same, passes, work = [], [], []
+        for row, own in self.alone:
+            one = self._switch(row, threshold)
+            models, read = np.asarray(one.models), np.asarray(one.read)
+            same.append(np.cumprod(np.equal(one.tokens, own)).mean())
+            passes.append([np.sum(models == m) for m in (0, 1)])
+            work.append([np.sum(read[models == m]) for m in (0, 1)])
+        return self._figures(same, passes, work)
+
+    def speculated(self, name: str) -> dict[str, float]:
+        """By drafts of the small model that the large one verifies; the first byte is the large model's pass."""
+        same, passes, work = [], [], []
+        for row, own in self.alone:
+            (one,) = self.speculating[name].generate([row], self.new)
+            drafts, accepted = np.asarray(one.drafted), np.asarray(one.accepted)
+            turns = np.maximum(
+                drafts, 1
+            )  # the small model catches up even where nothing is drafted
+            unread = np.sum(
+                (accepted == drafts)[:-1]
+            )  # a last draft that was kept is read in the next round
+            same.append(np.cumprod(np.equal(one.tokens, own)).mean())
+            passes.append([turns.sum(), 1 + len(drafts)])
+            work.append([turns.sum() + unread, 1 + np.sum(1 + drafts)])
+        return {**self._figures(same, passes, work), "differs": 1.0 - float(np.mean(same))}
 
 
 def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
@@ -195,7 +245,9 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
         results[f"{name}_random_62"] = judge.shuffled(rng, models)
     for tau, models in zip(TAUS, traces(switch, entropy, np.asarray(TAUS)), strict=True):
         results[f"tau_{int(10 * tau)}"] = judge(models)
-    results["written"] = written(pair, kept["62"], quick)
+    writers = Writers(pair, quick)
+    results |= {f"written_{share}": writers.switched(kept[share]) for share in SHARES}
+    results |= {name: writers.speculated(name) for name in writers.speculating}
     pictures = {"text": inputs[:3].ravel().tolist(), "large": chosen["50"][:3].ravel().tolist(),
                 "entropy": entropy[0][:3].ravel().tolist()}  # fmt: skip
     return {**results, "_figures": pictures}

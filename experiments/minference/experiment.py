@@ -4,7 +4,6 @@ Needs the weights (``DYNCOMP_SMOLLM2``, see docs/pretrained.md). A seed draws th
 pass keys. All sparse arms but *static* run in one compiled program; only which pattern a head has differs.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dyncomp.attention import (
     compare_patterns,
     fit_slash,
 )
+from dyncomp.attention.attention import PAIR_BLOCK
 from dyncomp.attention.search import whole
 from dyncomp.core.errors import DyncompError
 from dyncomp.evidence.seed import load_module
@@ -35,11 +35,11 @@ TITLE = "MInference: a sparse pattern for every head, for long prompts"
 COMPUTE = "density"
 ARMS = [
     "dense", "searched", "a_shape", "lines", "blocks", "random",
-    "by_error", "shuffled", "folded", "static",
+    "by_error", "by_end", "shuffled", "folded", "static",
 ]  # fmt: skip
 MAIN = ("dense", "searched", "a_shape", "lines", "blocks", "random")
 """Arms of texts of 4,096 tokens."""
-LONGEST = ("dense", "searched", "a_shape", "blocks")
+LONGEST = ("dense", "a_shape", "lines", "blocks")
 TRIALS = dict.fromkeys(ARMS, 1)
 METRICS = {
     "text_2k": {"text": "nats a token after token 512, texts of 2,048 tokens", "minimize": True},
@@ -53,7 +53,7 @@ METRICS = {
     "pairs_4k": {"text": "pairs computed and looked at while choosing, of the causal ones (4,096 tokens)"},
     "pairs_8k": {"text": "the same, 8,192 tokens"},
 }  # fmt: skip
-TILE, TILES, SINCE, KEYS = 64, 6, 512, {"2k": 3, "4k": 1}
+TILE, TILES, SINCE, KEYS = 64, 6, 512, {"2k": 2, "4k": 1}
 SIZES = {"2k": 2048, "4k": 4096, "8k": 8192}
 COLUMNS = (64, 128, 192, 256)
 
@@ -79,8 +79,9 @@ class Study:
         self.programs: dict[Any, Any] = {}
 
     def length(self, name: str) -> int:
-        """Tokens of "2k" and so on."""
-        return SIZES[name] // self.short
+        """Tokens of "2k" and so on; a smoke run has two lengths, as each is compiled."""
+        size = SIZES[name] if self.short == 1 else min(SIZES[name], SIZES["4k"])
+        return size // self.short
 
     def text(self, kind: Any, length: int, part: Any = "evaluation") -> list[int]:
         """A new text."""
@@ -103,7 +104,8 @@ class Study:
             self.programs[key] = jax.jit(functools.partial(model.apply, method="hidden"))
         hidden, aux = self.programs[key](variables, jnp.asarray([ids]))
         events = aux.events["group_0"]["block_0"]["mixer"]
-        pairs = 16384 * events["pair_blocks"].needed.sum() + events["pairs"].needed.sum()
+        total = lambda name: int(np.asarray(events[name].needed, np.int64).sum())
+        pairs = PAIR_BLOCK * total("pair_blocks") + total("pairs")
         return self.loss(model, variables, hidden, ids, last), float(pairs)
 
     def loss(self, model: Any, variables: Any, hidden: Any, ids: list[int], last: int) -> float:
@@ -125,18 +127,22 @@ class Arms:
         self.study, self.length = study, study.length("2k")
         prompt, _ = study.prompt(self.length, "calibration")
         layers = study.heads(prompt)
-        self.patterns = candidates(layers)
-        self.found = compare_patterns(layers, self.patterns, study.since)
-        real = jax.tree.map(lambda x: x[:-1], self.found)  # random blocks are no candidate
-        self.by_error = np.asarray(jnp.argmin(real.error, axis=0))
+        self.patterns = candidates(layers, study.short)
+        only = self.patterns[:-1]  # random blocks are no candidate
+        real = compare_patterns(layers, only, study.since)
+        end = compare_patterns(layers, only, self.length - TILE // study.short)
         searched = np.asarray(jnp.argmax(real.recall, axis=0))
         whole_model = lambda index: np.full(searched.shape, index)
         lines = 1 + int(np.argmax(np.asarray(real.recall)[1:-1].mean((1, 2))))
         self.lines = self.patterns[lines]
+        self.assigned = functools.partial(Assigned, self.patterns)
+        self.static = functools.partial(FrozenLines, self.lines)
         kept = models.HeadPatterns(self.patterns, searched)
         shuffled = study.rng.permutation(searched.ravel()).reshape(searched.shape)
         self.tables = {
-            "searched": searched, "by_error": self.by_error, "shuffled": shuffled,
+            "searched": searched, "shuffled": shuffled,
+            "by_error": np.asarray(jnp.argmin(real.error, axis=0)),
+            "by_end": np.asarray(jnp.argmin(end.error, axis=0)),
             "folded": kept.released(columns=1, blocks=len(real.error) - 2).heads,
             "a_shape": whole_model(0), "lines": whole_model(lines),
             "blocks": whole_model(len(real.error) - 1), "random": whole_model(len(real.error)),
@@ -151,22 +157,26 @@ class Arms:
             return self.study.nats(Everything, None, ids, last)
         if arm == "static":
             told = self.lines_of(other or [])
-            return self.study.nats(functools.partial(FrozenLines, self.lines), told, ids, last)
+            return self.study.nats(self.static, told, ids, last)
         told = [{"heads": row} for row in self.tables[arm]]
-        return self.study.nats(functools.partial(Assigned, self.patterns), told, ids, last)
+        return self.study.nats(self.assigned, told, ids, last)
 
     def lines_of(self, ids: list[int]) -> list[dict[str, Any]]:
         """Places of lines in each layer of a text."""
         if tuple(ids) not in self.frozen:
-            call = jax.jit(lambda q, k: self.lines.lines(q, k, whole(q.shape[1])))
+            call = self.study.programs.setdefault("lines", jax.jit(self.of_text))
             self.frozen[tuple(ids)] = [call(q, k) for q, k, _ in self.study.heads(ids)]
         return self.frozen[tuple(ids)]
 
+    def of_text(self, q: Any, k: Any) -> dict[str, Any]:
+        """Lines of one layer."""
+        return self.lines.lines(q, k, whole(q.shape[1]))
+
     def kept(self, ids: list[int]) -> dict[str, dict[str, float]]:
         """Recall, error and density of every arm on a text's dense queries and keys."""
-        t, patterns = len(ids), self.patterns
-        found = compare_patterns(self.study.heads(ids), patterns, self.study.since)
-        causal = -(-t // TILE) * (-(-t // TILE) + 1) / 2
+        found = compare_patterns(self.study.heads(ids), self.patterns, self.study.since)
+        blocks = len(ids) * self.study.short // TILE
+        causal = blocks * (blocks + 1) / 2
         pick = lambda x, table: float(np.take_along_axis(np.asarray(x), table[None], 0).mean())
         return {
             arm: {
@@ -178,14 +188,16 @@ class Arms:
         }
 
 
-def candidates(layers: list[Any]) -> tuple[Any, ...]:
-    """Patterns of equal cost on a calibration text, and random blocks as the last."""
-    near = AShape(window=TILE * (TILES - 2) + 1, sink=TILE)
-    forced = {"sink": 1, "local": 2}
+def candidates(layers: list[Any], short: int) -> tuple[Any, ...]:
+    """Patterns of equal cost on a calibration text, and random blocks as the last; sizes are divided by ``short``."""
+    tile = TILE // short
+    near = AShape(window=tile * (TILES - 2) + 1, sink=tile, tile=tile)
+    forced = {"sink": 1, "local": 2, "tile": tile}
     q, k, _ = layers[0]
     tiles = float(near.choose(q, k, whole(q.shape[1])).tiles().mean())
-    most = VerticalSlash(vertical=1, slash=512, sink=30, local=TILE)
-    lines = [fit_slash(layers, dataclasses.replace(most, vertical=n), tiles) for n in COLUMNS]
+    most = {"slash": 512 // short, "sink": 30 // short, "local": tile, "probe": tile, "tile": tile}
+    columns = COLUMNS if short == 1 else COLUMNS[::3]
+    lines = [fit_slash(layers, VerticalSlash(n // short, **most), tiles) for n in columns]
     return (near, *lines, TopBlocks(TILES, **forced), RandomBlocks(TILES, **forced))
 
 
@@ -257,7 +269,13 @@ def pictures(study: Study, arms: Arms) -> dict[str, Any]:
         f"{kind} {p.vertical}" if kind == "VerticalSlash" else kind
         for kind, p in zip(kinds, arms.patterns, strict=True)
     ]
-    return {"table": table.tolist(), "names": names[:-1], "heads": shown, "tokens": len(ids)}
+    return {
+        "table": table.tolist(),
+        "names": names[:-1],
+        "heads": shown,
+        "tokens": len(ids),
+        "tile": TILE // study.short,
+    }
 
 
 def _plain(chosen: Any, head: int) -> dict[str, Any]:

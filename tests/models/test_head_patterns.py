@@ -9,7 +9,16 @@ import pytest
 from flax import linen as nn
 
 from dyncomp import models
-from dyncomp.attention import AShape, Attention, Everything, FrozenLines, TopBlocks, VerticalSlash
+from dyncomp.attention import (
+    AShape,
+    Assigned,
+    Attention,
+    Everything,
+    FrozenLines,
+    TopBlocks,
+    VerticalSlash,
+    compare_patterns,
+)
 from dyncomp.attention.search import whole
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
@@ -64,7 +73,7 @@ def test_dense_heads_change_nothing(variables, execution):
 
 
 def test_each_row_is_for_its_block(variables):
-    """One sparse head at a time: as `with_mixers` with a static pattern of that block; nothing compiles again."""
+    """One sparse head at a time: as the same model with blocks `apart`; nothing compiles again."""
     table, call = np.zeros((5, 2), int), None
     outs = []
     for at in range(5):
@@ -74,29 +83,18 @@ def test_each_row_is_for_its_block(variables):
         call = call or jax.jit(functools.partial(models.apply, model))
         outs.append(call(own, TOKENS)[0])
         assert call._cache_size() == 1
-        apart, parts = models.apart(MODEL, variables)
-        near = AShape(
-            window=TILE, tile=TILE
-        )  # whole blocks of a window of 1 are not a window: compare with Assigned
-        del near
-        fixed = models.with_told(
-            apart, parts, functools.partial(_Fixed, PATTERNS), [{"heads": row} for row in table]
-        )
-        np.testing.assert_allclose(outs[-1], logits(*fixed), atol=1e-4)
     assert len({np.asarray(out).tobytes() for out in outs}) == 5
-
-
-def _Fixed(patterns):
-    from dyncomp.attention import Assigned
-
-    return Assigned(patterns)
+    apart, parts = models.apart(MODEL, variables)
+    told = [{"heads": row} for row in table]
+    fixed = models.with_told(apart, parts, functools.partial(Assigned, PATTERNS), told)
+    np.testing.assert_allclose(outs[-1], logits(*fixed), atol=1e-4)
 
 
 def test_counts_are_of_what_is_chosen(variables):
     model, own = models.with_patterns(
         MODEL, variables, models.HeadPatterns(PATTERNS, np.full((5, 2), 1))
     )
-    _, aux = models.apply(model, own, TOKENS)
+    _, aux = jax.jit(functools.partial(models.apply, model))(own, TOKENS)
     ledger = Ledger(model.cost((1, T))).record(aux.events)
     assert (
         ledger.events("needed", under="pair") == 5 * 5 * TILE**2
@@ -105,8 +103,6 @@ def test_counts_are_of_what_is_chosen(variables):
 
 def test_the_search_takes_the_least_error(layers):
     found = models.search_patterns(layers, PATTERNS[1:])
-    from dyncomp.attention import compare_patterns
-
     errors = np.asarray(compare_patterns(layers, PATTERNS[1:]).error)
     assert found.heads.shape == (5, 2)
     for place in np.ndindex(5, 2):

@@ -91,6 +91,17 @@ def test_tiny_idx_files(tiny, by, monkeypatch):
     assert not lookup
 
 
+def test_a_small_training_set(tiny):
+    folder, _ = tiny
+    task, full = (FashionMNIST(path=str(folder), train_size=size) for size in (7, 0))
+    assert [len(task.source(s)) for s in SPLITS] == [7, 10, 10, 20]
+    np.testing.assert_array_equal(
+        whole(task, "train")["inputs"], whole(full, "train")["inputs"][:7]
+    )
+    with pytest.raises(DyncompError, match="train_size=101: use at most 100"):
+        FashionMNIST(path=str(folder), train_size=101).source("train")
+
+
 @pytest.mark.parametrize("damage", ["cut", "cut gzip", "text", "empty"])
 def test_damaged_idx(tmp_path, damage):
     raw = idx(np.zeros((5, 2, 2)))

@@ -55,4 +55,3 @@ def test_keys_and_values():
     assert len(ids) <= 700 and len(pairs) > 5 and text.endswith(f'is: "{pairs[key]}"')
     with pytest.raises(DyncompError, match="too few"):
         key_values(Bytes(), 40, np.random.default_rng(0))
-

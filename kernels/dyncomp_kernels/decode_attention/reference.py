@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
+from dyncomp_kernels.decode_attention.packing import Packed
+
 
 def decode_attention_reference(
     q: Array, k: Array, v: Array, index: Array, seen: Array
@@ -23,3 +25,21 @@ def decode_attention_reference(
     mixed = jnp.einsum("bhs,bshp->bhp", weights / jnp.where(total > 0, total, 1), repeat(v))
     lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
     return mixed, lse[..., 0]
+
+
+def packed_attention_reference(
+    q: Array, keys: Packed, values: Packed, seen: Array
+) -> tuple[Array, Array]:
+    """`packed.packed_attention` over everything dequantised."""
+    (h, p), g = q.shape[2:], keys.codes.shape[1]
+    repeat = lambda x: jnp.repeat(x.whole(), h // g, axis=1)
+    there = (seen[:, None] if seen.ndim == 2 else seen)[:, None]
+    scores = jnp.einsum("bthp,bhmp->bhtm", q, repeat(keys)) / jnp.sqrt(jnp.asarray(p, q.dtype))
+    scores = jnp.where(there, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(there, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0)), 0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    some = jnp.where(total > 0, total, 1)
+    mixed = jnp.einsum("bhtm,bhmp->bthp", weights / some, repeat(values))
+    lse = jnp.where(total > 0, jnp.log(some) + top, -jnp.inf)
+    return mixed, jnp.swapaxes(lse[..., 0], 1, 2)

@@ -1,13 +1,21 @@
 """The public operation: attention of every block of queries over the blocks of keys that its list names."""
 
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from dyncomp_kernels.sparse_attention import xla
+from dyncomp_kernels.sparse_attention import pallas_tpu, pallas_triton, xla
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
+
+Implementation = Literal["xla", "pallas", "triton"]
+KERNELS = {"tpu": ("pallas", pallas_tpu), "cuda": ("triton", pallas_triton)}
+"""The form of each platform that has one of its own."""
+
+UNASKED = {"tpu"}
+"""Where it serves without being asked for by name; a GPU must first have passed ``selfcheck.py``."""
 
 
 def sparse_attention(
@@ -21,6 +29,7 @@ def sparse_attention(
     real: Array | None = None,
     window: int | None = None,
     sink: int = 0,
+    implementation: Implementation | None = None,
 ) -> tuple[Array, Array]:
     """softmax(q k^T / sqrt(p)) v over listed keys; time and memory are proportional to the listed blocks.
 
@@ -36,17 +45,47 @@ def sparse_attention(
       real: bool [b s], False for padding.
       window, sink: of what is listed, a query sees the ``window`` places up to its own, and the first ``sink`` keys
         (an A-shape); None for all.
+      implementation: a form by name; None picks by platform when the program is lowered (see `explain`). "pallas" (TPU)
+        and "triton" (CUDA) are interpreted on other platforms: right, and very slow.
 
     Returns:
       [b t h p] in the dtype of q, and the log-sum-exp of the scores, float32 [b t h]; zeros and -inf for a query that
       sees nothing. Differentiable in q, k and v, through both outputs.
 
     Raises:
-      ValueError: shapes do not fit.
+      ValueError: shapes do not fit, or the form cannot serve them; the message has the reason.
     """
     _check(q, k, v, lists, real)
+    if implementation and (reason := supports(implementation, q, k, lists)):
+        raise ValueError(f"sparse_attention: {reason}")
     seeing = xla.Seeing(causal, window, sink)
-    return _attend(q, k, v, lists, jnp.asarray(offset, jnp.int32), real, seeing)
+    return _attend(q, k, v, lists, jnp.asarray(offset, jnp.int32), real, seeing, implementation)
+
+
+def supports(implementation: str, q: Any, k: Any, lists: BlockLists) -> str | None:
+    """None when the form can serve these shapes and dtypes, else the reason why not."""
+    form = dict(KERNELS.values()).get(implementation)
+    return form.supports(q, k, lists) if form else None
+
+
+def explain(q: Any, k: Any, lists: BlockLists) -> dict[str, str]:
+    """Which form serves each platform for these arguments (arrays or ShapeDtypeStructs), or why it does not."""
+    said = {"default": "xla serves"}
+    for platform, (name, _) in KERNELS.items():
+        reason = supports(name, q, k, lists)
+        if not reason and not _on_one_device():
+            reason = "kernels are not partitioned: call it inside a shard_map"
+        fits = f"{name} serves"
+        if platform not in UNASKED:
+            fits = f"xla serves; {name} fits, where asked for by name"
+        said[platform] = f"xla serves; {reason}" if reason else fits
+    return said
+
+
+def _on_one_device() -> bool:
+    """Whether what is traced runs on single devices: without a mesh, or inside a `shard_map` over all its axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def merged(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -66,19 +105,39 @@ def merged(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     return jnp.asarray(mixed).astype(outs[0].dtype), lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, lists, offset, real, seeing):
-    return xla.forward(q, k, v, lists, offset, real, seeing)
+def _form(name: str, implementation: Implementation | None, like: Any, *args: Any) -> Any:
+    """A pass ("forward" or "backward") by the form asked for or the platform's; ``like`` is (q, k, lists, seeing)."""
+    seeing = like[3]
+    call = lambda own, **words: functools.partial(getattr(own, name), seeing=seeing, **words)
+    if implementation == "xla":
+        return call(xla)(*args)
+    if implementation:
+        platform, form = next((p, own) for p, (n, own) in KERNELS.items() if n == implementation)
+        interpreted = call(form, interpret=form.INTERPRETED)
+        return lax.platform_dependent(*args, **{platform: call(form)}, default=interpreted)
+    fit = {
+        platform: call(form)
+        for platform, (_, form) in KERNELS.items()
+        if platform in UNASKED and not form.supports(*like[:3]) and _on_one_device()
+    }
+    return lax.platform_dependent(*args, **fit, default=call(xla))
 
 
-def _forward(q, k, v, lists, offset, real, seeing):
-    out, lse = xla.forward(q, k, v, lists, offset, real, seeing)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(q, k, v, lists, offset, real, seeing, implementation):
+    like = q, k, lists, seeing
+    return _form("forward", implementation, like, q, k, v, lists, offset, real)
+
+
+def _forward(q, k, v, lists, offset, real, seeing, implementation):
+    out, lse = _attend(q, k, v, lists, offset, real, seeing, implementation)
     return (out, lse), ((q, k, v, out, lse), lists, offset, real)
 
 
-def _backward(seeing, residuals, cotangents):
-    saved, lists, offset, real = residuals
-    return *xla.backward(saved, lists, offset, real, seeing, *cotangents), None, None, None
+def _backward(seeing, implementation, residuals, cotangents):
+    (q, k, *_), lists, *_ = residuals
+    like = q, k, lists, seeing
+    return *_form("backward", implementation, like, *residuals, *cotangents), None, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -7,9 +7,11 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dyncomp_kernels._compat import vary_like
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
 from dyncomp_kernels.sparse_attention.running import LOWEST, Running
 
@@ -151,6 +153,7 @@ def forward(
     size = Shape.of(q, k, lists, seeing)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scaled = grouped(q.astype(jnp.float32) / math.sqrt(size.p), size)
+    given_to = q, k, v, *jax.tree.leaves((lists, offset, real))
 
     def run(given: tuple[Array, Task]) -> tuple[Array, Array]:
         own, task = given
@@ -162,7 +165,8 @@ def forward(
             mix = lambda weights: jnp.einsum("cns,csp->cnp", weights, values)
             return state.add(scores, mix, seen=scores != LOWEST)
 
-        top, total, mixed = lax.fori_loop(0, task.count, fold, Running.blank(own.shape))
+        blank = _vary(Running.blank(own.shape), *given_to)
+        top, total, mixed = lax.fori_loop(0, task.count, fold, blank)
         blind = total == 0
         some = jnp.where(blind, 1.0, total)
         return mixed / some[..., None], jnp.where(blind, -jnp.inf, top + jnp.log(some))
@@ -172,8 +176,8 @@ def forward(
 
 
 def backward(
-    saved: tuple[Array, ...], lists: BlockLists, offset: Array, real: Array | None, seeing: Seeing,
-    d_out: Array, d_lse: Array,
+    saved: tuple[Array, ...], lists: BlockLists, offset: Array, real: Array | None,
+    d_out: Array, d_lse: Array, seeing: Seeing,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of q, k and v (Dao et al. 2022, algorithm 4), in one pass over the listed blocks."""
     q, k, v, out, lse = saved
@@ -188,7 +192,8 @@ def backward(
         wide(lse[..., None])[..., 0],
         wide(delta[..., None])[..., 0],
     )
-    blank = jnp.zeros(keys_first.shape, jnp.float32)
+    given_to = *saved, d_out, d_lse, *jax.tree.leaves((lists, offset, real))
+    blank = _vary(jnp.zeros(keys_first.shape, jnp.float32), *given_to)
 
     def run(state: tuple[Array, Array], given: Any) -> Any:
         (own, d_own, own_lse, own_delta), task = given
@@ -206,13 +211,18 @@ def backward(
             d_k = _added(d_k, jnp.einsum("cns,cnp->csp", slope, own), place)
             return d_q + jnp.einsum("cns,csp->cnp", slope, keys), d_k, d_v
 
-        blank = jnp.zeros_like(own)
+        blank = _vary(jnp.zeros_like(own), *given_to)
         d_q, d_k, d_v = lax.fori_loop(0, task.count, fold, (blank, *state))
         return (d_k, d_v), d_q * scale
 
     (d_k, d_v), d_q = lax.scan(run, (blank, blank), (parts, tasks_of(lists, size)))
     as_given = lambda d, x: d.swapaxes(1, 2).astype(x.dtype)
     return ungrouped(d_q, size).astype(q.dtype), as_given(d_k, k), as_given(d_v, v)
+
+
+def _vary(tree: Any, *others: Array) -> Any:
+    """What a loop begins with: inside a `shard_map` it varies over the axes that its arguments vary over."""
+    return jax.tree.map(lambda x: vary_like(x, *others), tree)
 
 
 def _added(whole: Array, part: Array, place: tuple[Array, ...]) -> Array:
