@@ -51,9 +51,34 @@ def section(result):
 
 
 def gpus(result):
-    """What `gpus.py` printed on one machine."""
+    """What `gpus.py`, or the bench of sparse attention, printed on one machine."""
+    if "attention" in result:
+        return _attention(result)
     text = f"## {result['gpus']} x {result['gpu']}\n\n`python docs/bench/gpus.py`, jax {result['jax']}.\n"
     return "\n".join([text, *(_exchanges(result) if "layer" in result else _products(result)), ""])
+
+
+def _attention(result):
+    cell = lambda row, key: f"{row[key]:.2f}" if key in row else ""  # noqa: E731
+    return "\n".join(
+        [
+            f"## Sparse attention on {result['gpus']} x {result['gpu']}\n",
+            f"`python -m dyncomp_kernels.sparse_attention.bench_gpu`, run on the device: jax {result['jax']}, PyTorch",
+            f"{result['torch']}, driver {result['driver']}, {result['date']}. Causal, bfloat16, head 128, 16 query heads on 4",
+            "key/value heads, blocks of 128; milliseconds. Ideal: cuDNN's dense time (through JAX) times the share of causal",
+            "blocks. `sdpa` and `flex` are PyTorch's, the latter with the same block masks. The host's cores were busy meanwhile, which",
+            "adds to times below a millisecond.\n",
+            "| length | form | share | forward | with gradients | of ideal, forward | of ideal, with gradients |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *(
+                f"| {row['length']} | {row['form']} | {row['share']:.3f} | {cell(row, 'forward_ms')} | "
+                f"{cell(row, 'both_ms')} | {cell(row, 'forward_ms_of_ideal')} | {cell(row, 'both_ms_of_ideal')} |"
+                for row in result["attention"]
+                if "share" in row
+            ),
+            "",
+        ]
+    )
 
 
 def _products(result):
