@@ -166,12 +166,7 @@ class Attention(nn.Module):
             mix = functools.partial(self._mix, place=place, visible=visible)
             plain = self.causal and self.window is None and visible is None
             asked = Asked(q, k, v, positions, place, real, self._turn, mix, plain, below)
-            seen = cache.seen()
-            cache, mixed, work = cache.policy.attend(cache, asked)
-            if work.needed is None and self._sparse_from(t):  # a pattern needs what it computes
-                work = dataclasses.replace(work, needed=jnp.broadcast_to(work.pairs, (b,)))
-            elif work.needed is None:
-                work = dataclasses.replace(work, needed=self._needed(asked, cache, seen, visible))
+            cache, mixed, work = self._cached(cache, asked, visible)
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
         events = self._events(real, b, t, work)
         if self.sampler is not None:
@@ -204,6 +199,19 @@ class Attention(nn.Module):
         mixed = attend(q, k, v, None if everything else sight.all())
         seen = None if self.window is None and sight.visible is None else sight
         return mixed, Work(jnp.int32(t * t), self._dense(b, t, real, jnp.int32(0), seen))
+
+    def _cached(self, cache, asked: Asked, visible) -> tuple[CacheState, Array, Work]:
+        """As the cache's policy attends, with the pairs needed where it does not say."""
+        seen = cache.seen()
+        cache, mixed, work = cache.policy.attend(cache, asked)
+        if work.needed is None and self._sparse_from(asked.q.shape[1]):
+            # A pattern needs what it computes.
+            work = dataclasses.replace(
+                work, needed=jnp.broadcast_to(work.pairs, (asked.q.shape[0],))
+            )
+        elif work.needed is None:
+            work = dataclasses.replace(work, needed=self._needed(asked, cache, seen, visible))
+        return cache, mixed, work
 
     def _mix(self, q, k, v, key_place, *, place, visible, **more) -> tuple[Array, Array]:
         """Attention of new positions over the slots of a cache, as `Asked.mix` tells."""
