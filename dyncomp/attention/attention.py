@@ -151,10 +151,7 @@ class Attention(nn.Module):
             key_place = place[None] if real is None else jnp.where(real, place[None], -1)
             sight = Sight(place, key_place, visible, self.causal, self.window)
             if sampled:
-                drawn = self._sampled(q, k, v, sight)
-                mixed, work, plans = drawn.mixed, Work(jnp.int32(drawn.executed), drawn.needed), {}
-                if "plan" in capture and drawn.plan is not None:
-                    plans = {"sampled": drawn.plan}
+                mixed, work, plans = self._drawn(q, k, v, sight, capture)
             else:
                 mixed, work = self._whole(q, k, v, sight, real)
             plans |= {"heads": {"q": q, "k": k, "v": v}} if "heads" in capture else {}
@@ -173,6 +170,13 @@ class Attention(nn.Module):
             events["draws"] = events["projections"] if sampled else count(0)
         up = {} if cache is None else cache.handed()
         return y, Aux(events=events, cache=cache, plans=plans, below=up)
+
+    def _drawn(self, q, k, v, sight: Sight, capture) -> tuple[Array, Work, dict[str, Any]]:
+        """A fresh draw, what it cost, and its plan where that is asked for."""
+        drawn = self._sampled(q, k, v, sight)
+        shown = "plan" in capture and drawn.plan is not None
+        work = Work(jnp.int32(drawn.executed), drawn.needed)
+        return drawn.mixed, work, {"sampled": drawn.plan} if shown else {}
 
     def _sampled(self, q: Array, k: Array, v: Array, sight: Sight) -> Sampled:
         """A fresh draw.
