@@ -151,10 +151,7 @@ class Attention(nn.Module):
             key_place = place[None] if real is None else jnp.where(real, place[None], -1)
             sight = Sight(place, key_place, visible, self.causal, self.window)
             if sampled:
-                drawn = self._sampled(q, k, v, sight)
-                mixed, work, plans = drawn.mixed, Work(jnp.int32(drawn.executed), drawn.needed), {}
-                if "plan" in capture and drawn.plan is not None:
-                    plans = {"sampled": drawn.plan}
+                mixed, work, plans = self._drawn(q, k, v, sight, capture)
             else:
                 mixed, work = self._whole(q, k, v, sight, real)
             plans |= {"heads": {"q": q, "k": k, "v": v}} if "heads" in capture else {}
@@ -166,18 +163,20 @@ class Attention(nn.Module):
             mix = functools.partial(self._mix, place=place, visible=visible)
             plain = self.causal and self.window is None and visible is None
             asked = Asked(q, k, v, positions, place, real, self._turn, mix, plain, below)
-            seen = cache.seen()
-            cache, mixed, work = cache.policy.attend(cache, asked)
-            if work.needed is None and self._sparse_from(t):  # a pattern needs what it computes
-                work = dataclasses.replace(work, needed=jnp.broadcast_to(work.pairs, (b,)))
-            elif work.needed is None:
-                work = dataclasses.replace(work, needed=self._needed(asked, cache, seen, visible))
+            cache, mixed, work = self._cached(cache, asked, visible)
         y = self._out(constrain(mixed, ("batch", "seq", "heads", None)), d)
         events = self._events(real, b, t, work)
         if self.sampler is not None:
             events["draws"] = events["projections"] if sampled else count(0)
         up = {} if cache is None else cache.handed()
         return y, Aux(events=events, cache=cache, plans=plans, below=up)
+
+    def _drawn(self, q, k, v, sight: Sight, capture) -> tuple[Array, Work, dict[str, Any]]:
+        """A fresh draw, what it cost, and its plan where that is asked for."""
+        drawn = self._sampled(q, k, v, sight)
+        shown = "plan" in capture and drawn.plan is not None
+        work = Work(jnp.int32(drawn.executed), drawn.needed)
+        return drawn.mixed, work, {"sampled": drawn.plan} if shown else {}
 
     def _sampled(self, q: Array, k: Array, v: Array, sight: Sight) -> Sampled:
         """A fresh draw.
@@ -204,6 +203,19 @@ class Attention(nn.Module):
         mixed = attend(q, k, v, None if everything else sight.all())
         seen = None if self.window is None and sight.visible is None else sight
         return mixed, Work(jnp.int32(t * t), self._dense(b, t, real, jnp.int32(0), seen))
+
+    def _cached(self, cache, asked: Asked, visible) -> tuple[CacheState, Array, Work]:
+        """As the cache's policy attends, with the pairs needed where it does not say."""
+        seen = cache.seen()
+        cache, mixed, work = cache.policy.attend(cache, asked)
+        if work.needed is None and self._sparse_from(asked.q.shape[1]):
+            # A pattern needs what it computes.
+            work = dataclasses.replace(
+                work, needed=jnp.broadcast_to(work.pairs, (asked.q.shape[0],))
+            )
+        elif work.needed is None:
+            work = dataclasses.replace(work, needed=self._needed(asked, cache, seen, visible))
+        return cache, mixed, work
 
     def _mix(self, q, k, v, key_place, *, place, visible, **more) -> tuple[Array, Array]:
         """Attention of new positions over the slots of a cache, as `Asked.mix` tells."""
