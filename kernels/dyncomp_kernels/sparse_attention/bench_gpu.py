@@ -45,9 +45,9 @@ def milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
     found = []
     for _ in range(9):
         begin = time.perf_counter()
-        for _ in range(turns):
-            last = call()
-        wait(last)
+        for _ in range(turns - 1):
+            call()
+        wait(call())
         found.append((time.perf_counter() - begin) / turns)
     return 1e3 * float(np.median(found))
 
