@@ -141,8 +141,7 @@ class Attention(nn.Module):
         q, k, v = (self._project(x, name, n, p) for name, n in (("q", h), ("k", g), ("v", g)))
         q, k = self._normed(q, k)
         real = None if mask is None else mask.astype(bool)
-        start = jnp.int32(0) if cache is None else cache.length
-        place = start + jnp.arange(t, dtype=jnp.int32)
+        place = jnp.arange(t, dtype=jnp.int32) + (jnp.int32(0) if cache is None else cache.length)
         positions = place[None] if positions is None else positions
         plans: dict[str, Any] = {}
         sampled = self.sampler is not None and (train or self.has_rng("dropout"))
@@ -168,8 +167,7 @@ class Attention(nn.Module):
         events = self._events(real, b, t, work)
         if self.sampler is not None:
             events["draws"] = events["projections"] if sampled else count(0)
-        up = {} if cache is None else cache.handed()
-        return y, Aux(events=events, cache=cache, plans=plans, below=up)
+        return y, Aux(events=events, cache=cache, plans=plans, below=_handed(cache))
 
     def _drawn(self, q, k, v, sight: Sight, capture) -> tuple[Array, Work, dict[str, Any]]:
         """A fresh draw, what it cost, and its plan where that is asked for."""
@@ -349,3 +347,8 @@ class Attention(nn.Module):
 def _tokens(real: Bool[Array, "b t"] | None, b: int, t: int) -> Int[Array, "b"]:
     """Real positions of each row."""
     return jnp.full((b,), t, jnp.int32) if real is None else jnp.sum(real, axis=1, dtype=jnp.int32)
+
+
+def _handed(cache: CacheState | None) -> Mapping[str, Array]:
+    """What goes up to the next layer's policy."""
+    return {} if cache is None else cache.handed()
