@@ -328,12 +328,13 @@ class Attention(nn.Module):
         drawn = (
             {} if self.sampler is None else {"draws": self.sampler().cost((h, g, p), length, item)}
         )
+        scored = {} if self.cache is FullCache else {"scored": Cost(2 * h * p)}
         return {
             **drawn,
+            **scored,
             "projections": Cost(2 * d_model * width, (2 * d_model + width) * item),
             "pair_blocks": pair * PAIR_BLOCK,
             "pairs": pair,
-            "scored": Cost(2 * h * p),
         }
 
     def init_cache(self, d_model: int, batch: int, max_length: int) -> Any:
