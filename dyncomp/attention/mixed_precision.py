@@ -37,6 +37,7 @@ class MixedCache(CacheState):
       tau: float32 [], share of attention mass that important tokens cover; a run-time value to replace.
       budget: int32 [b], important tokens of the prompt where at least 0, else ``tau`` tells; to replace.
       length, policy: see `CacheState`.
+      begun: whether a pass was read (static, as the first one is another program).
     """
 
     prompt: Stored
@@ -50,6 +51,7 @@ class MixedCache(CacheState):
     budget: Any
     length: Any
     policy: Any = struct.field(pytree_node=False)
+    begun: bool = struct.field(pytree_node=False, default=False)
 
     def seen(self) -> Int[Array, "b"]:
         """How many real tokens each sequence holds."""
@@ -151,26 +153,20 @@ class MixedPrecision:
           DyncompError: a window or a tree of the mixer, or more positions than a prompt may have.
         """
         asked.check_plain(self)
-        t = asked.q.shape[1]
-        if t == 1:
-            return self._piece(cache, asked)
-        limit = self.max_length if self.prompt is None else self.prompt
-        if t > limit:
-            if t <= self.max_length:
-                raise DyncompError(
-                    f"{t} positions at once, but MixedPrecision.prompt={self.prompt}; raise it, or read in parts"
-                )
+        if cache.begun or asked.q.shape[1] == 1:
+            return self._pieces(dataclasses.replace(cache, begun=True), asked)
+        self._check_fits(asked.q.shape[1])
+        return self._prompt(cache, asked)
+
+    def _check_fits(self, t: int) -> None:
+        if t > self.max_length:
             raise DyncompError(
                 f"{t} tokens do not fit a cache of {self.max_length}; raise max_length or cut the prompt"
             )
-
-        def plain(state: MixedCache, mixed: Array, work: Work) -> tuple[Any, Array, tuple]:
-            return state, mixed, (work.pairs, work.needed, work.scored)
-
-        first = lambda: plain(*self._prompt(cache, asked))
-        later = lambda: plain(*self._pieces(cache, asked))
-        state, mixed, work = lax.cond(cache.length == 0, first, later)
-        return state, mixed, Work(*work)
+        if self.prompt is not None and t > self.prompt:
+            raise DyncompError(
+                f"{t} positions at once, but MixedPrecision.prompt={self.prompt}; raise it, or read in parts"
+            )
 
     @property
     def piece(self) -> int:
@@ -222,7 +218,8 @@ class MixedPrecision:
         layout = self.stores(cache.keys.dtype.name)[0]
         count = jnp.minimum(chosen.count, layout.most)
         store = layout.pack(k, v, places, chosen.order, count)
-        return dataclasses.replace(cache, prompt=store, length=cache.length + places.shape[1])
+        length = cache.length + places.shape[1]
+        return dataclasses.replace(cache, prompt=store, length=length, begun=True)
 
     def repacked(
         self,
@@ -250,9 +247,8 @@ class MixedPrecision:
         own = self.stores(cache.keys.dtype.name)[0]
         store = own.pack(k, v, places, now, jnp.minimum(count, own.most))
         empty = self.init(b, g, p, cache.keys.dtype.name)
-        return dataclasses.replace(
-            empty, prompt=store, tau=cache.tau, budget=cache.budget, length=cache.length
-        )
+        told = {"tau": cache.tau, "budget": cache.budget, "length": cache.length, "begun": True}
+        return dataclasses.replace(empty, prompt=store, **told)
 
     def _piece(self, cache: MixedCache, asked: Asked) -> tuple[MixedCache, Array, Work]:
         """At most `PIECE` positions, over everything."""

@@ -12,7 +12,8 @@ PAIRS = {
     "dense": "dense", "adaptive_80": "tau .8", "adaptive_90": "tau .9", "adaptive_96": "tau .96",
     "adaptive_975": "tau .975", "fixed_80": "one p, as .8", "fixed_90": "one p, as .9",
     "shuffled_90": "p of shuffled layers, as .9", "accumulated_90": "accumulated, as .9",
-    "random_90": "random, as .9",
+    "random_90": "random, as .9", "probed_80": "128 probes, tau .8", "probed_90": "128 probes, tau .9",
+    "probed_975": "128 probes, tau .975", "probed_fixed_90": "128 probes, one p",
 }  # fmt: skip
 BITS = {
     "bits_42": "4 important, 2 others", "bits_24": "2 important, 4 others", "bits_42_random": "4/2 at random",
