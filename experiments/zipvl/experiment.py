@@ -29,7 +29,7 @@ COMPUTE = "pairs"
 TAUS = {"80": 0.8, "90": 0.9, "96": 0.96, "975": 0.975}
 RANKINGS = ("accumulated", "random")
 PROBES = {
-    "probed_80": {}, "probed_90": {}, "probed_975": {}, "seen_90": {"normaliser": "probe"},
+    "probed_80": {}, "probed_90": {}, "seen_90": {"normaliser": "probe"},
     "recent_90": {"probe": "recent", "recent": 128}, "drawn_90": {"probe": "random", "drawn": 128},
 }  # fmt: skip
 BITS = {
@@ -41,7 +41,7 @@ BITS = {
 }
 ARMS = [
     "dense", *(f"adaptive_{name}" for name in TAUS), "fixed_80", "fixed_90", "shuffled_90",
-    *(f"{ranking}_90" for ranking in RANKINGS), *PROBES, "probed_fixed_90",
+    *(f"{ranking}_90" for ranking in RANKINGS), *PROBES, "probed_975", "probed_fixed_90",
     *(f"probed_{ranking}_90" for ranking in RANKINGS), *BITS, "bits_42_random",
     "bits_42_accumulated", "bits_42_286", "whole_975", "whole_window32",
     "tables_dense", "tables_975", "tables_probed_975",
@@ -218,23 +218,14 @@ class Seed:
 
     def dense(self, arm: str | None, share: float, **tokens: Any) -> Read:
         """A dense prefill; the store's front holds so many of the best tokens."""
-        budget = np.full((len(self.layers_shape), len(self.texts)), round(share * self.n))
+        budget = np.full((self.reader.model.depth, len(self.texts)), round(share * self.n))
         policy = self.reader.policy(tokens, sparse=False)
         read = self.reader.prompt(self.texts, policy, None, budget)
         if arm is None:
             return read
         # Nothing is left out of attention, whatever the store's ends hold.
-        whole = {
-            "pairs": 1.0,
-            "kept": 1.0,
-            "spread": 0.0,
-            "executed": sparsity(read, self.n)["executed"],
-        }
+        whole = {**sparsity(read, self.n), "pairs": 1.0, "kept": 1.0, "spread": 0.0}
         return self.judged(arm, read, whole)
-
-    @property
-    def layers_shape(self) -> range:
-        return range(self.reader.model.depth)
 
     def judged(self, arm: str, read: Read, figures: dict[str, float] | None = None) -> Read:
         """Goes on behind a prompt at full precision: one program for all policies."""
@@ -253,23 +244,30 @@ class Seed:
         nats = self.reader.nats(self.texts, read, layers)
         self.results[arm] = {"nats": nats, **size(layers)}
 
-    def prefill_arms(self) -> dict[str, Read]:
-        """Which tokens attend, told by every query, and by few."""
-        every = functools.partial(self.sparse, probe="all")
-        kept = {f"adaptive_{name}": every(f"adaptive_{name}", tau) for name, tau in TAUS.items()}
+    def prefill_arms(self, piece: Any) -> tuple[dict[str, np.ndarray], Read, dict[str, list]]:
+        """Which tokens attend, told by every query, and by few.
+
+        Returns:
+          p of some arms [l b], what the paper's own setting read, and what is shown of a text; caches are large.
+        """
+        every, kept, shown = functools.partial(self.sparse, probe="all"), {}, {}
+        for name, tau in TAUS.items():
+            read = every(f"adaptive_{name}", tau)
+            kept[f"adaptive_{name}"] = read.counts
+            shown = shown or shown_text(self.texts, read, piece)
         for name in ("80", "90"):
-            every(f"fixed_{name}", budget=evened(kept[f"adaptive_{name}"].counts))
-        counts = kept["adaptive_90"].counts
+            every(f"fixed_{name}", budget=evened(kept[f"adaptive_{name}"]))
+        counts = kept["adaptive_90"]
         every("shuffled_90", budget=self.rng.permuted(counts, axis=0))
         for ranking in RANKINGS:
             every(f"{ranking}_90", budget=counts, ranking=ranking)
         for arm, tokens in PROBES.items():
-            kept[arm] = self.sparse(arm, TAUS[arm.rpartition("_")[2]], **tokens)
-        counts = kept["probed_90"].counts
+            kept[arm] = self.sparse(arm, TAUS[arm.rpartition("_")[2]], **tokens).counts
+        counts = kept["probed_90"]
         self.sparse("probed_fixed_90", budget=evened(counts))
         for ranking in RANKINGS:
             self.sparse(f"probed_{ranking}_90", budget=counts, ranking=ranking)
-        return kept
+        return kept, self.sparse("probed_975", TAUS["975"]), shown
 
     def cache_arms(self, whole: Read) -> None:
         """At how many bits they stay."""
@@ -305,22 +303,19 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
     (reader, piece), rng = make_reader(quick), np.random.default_rng(seed)
     prose = draw_texts(reader, "prose", rng)
     own = Seed(reader, prose, rng)
-    kept = own.prefill_arms()
-    own.cache_arms(kept["probed_975"])
+    kept, whole, shown = own.prefill_arms(piece)
+    own.cache_arms(whole)
     tables = Seed(reader, draw_texts(reader, "tables", rng), rng)
     tables.dense("tables_dense", 0.5)
-    found = tables.sparse("tables_975", TAUS["975"], probe="all")
+    found = tables.sparse("tables_975", TAUS["975"], probe="all").counts
     tables.sparse("tables_probed_975", TAUS["975"])
-    share = lambda read: (read.counts.mean(axis=1) / own.n).tolist()
     named = {
         **{f"tau {tau}": kept[f"adaptive_{name}"] for name, tau in TAUS.items()},
         "tau 0.9, 128 probes": kept["probed_90"],
         "tables, tau 0.975": found,
     }
-    shown = {
-        "layers": {name: share(read) for name, read in named.items()},
-        **shown_text(prose, kept["adaptive_80"], piece),
-    }
+    share = {name: (counts.mean(axis=1) / own.n).tolist() for name, counts in named.items()}
+    shown = {"layers": share, **shown}
     return {**own.results, **tables.results, "_figures": shown}
 
 
