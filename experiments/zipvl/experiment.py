@@ -278,8 +278,8 @@ class Seed:
         self.packed("bits_42_random", half, (4, 2), order, half.counts)
         self.packed("bits_42_accumulated", self.dense(None, 0.5, ranking="accumulated"), (4, 2))
         self.packed("bits_42_286", self.dense(None, 0.286), (4, 2))
-        for arm, window in (("whole_975", {}), ("whole_window32", {"window": 32})):
-            self.packed(arm, whole, (4, 2), **window)
+        for arm, words in (("whole_975", {}), ("whole_window32", {"span": 32})):
+            self.packed(arm, whole, (4, 2), **words)
             self.results[arm] |= sparsity(whole, self.n)
 
 
