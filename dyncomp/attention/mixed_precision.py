@@ -37,6 +37,7 @@ class MixedCache(CacheState):
       tau: float32 [], share of attention mass that important tokens cover; a run-time value to replace.
       budget: int32 [b], important tokens of the prompt where at least 0, else ``tau`` tells; to replace.
       length, policy: see `CacheState`.
+      begun: whether a pass was read (static, as the first one is another program).
     """
 
     prompt: Stored
@@ -50,6 +51,7 @@ class MixedCache(CacheState):
     budget: Any
     length: Any
     policy: Any = struct.field(pytree_node=False)
+    begun: bool = struct.field(pytree_node=False, default=False)
 
     def seen(self) -> Int[Array, "b"]:
         """How many real tokens each sequence holds."""
@@ -64,7 +66,7 @@ class MixedPrecision:
 
     The first pass of several positions is the prompt: it is split into important tokens T and others U, and quantised,
     each group by itself; with ``sparse`` its attention runs among T only, the same T. Later tokens wait in a window at
-    full precision. Once it is full, its oldest ``window`` tokens are split by the attention of the newest query over
+    full precision. Once it is full, its oldest ``span`` tokens are split by the attention of the newest query over
     them, with a share ``tau`` of that attention covered, and quantised for good. A later pass of several positions goes
     by pieces of at most `PIECE`; a window that fills up in a piece is compressed after it. Queries see everything.
 
@@ -74,7 +76,7 @@ class MixedPrecision:
         prompt; of more important tokens the best stay in T.
       sparse: the prompt's attention is that of `important_attention`; else the mixer's own, whatever its pattern is.
       high, low: bits, 1 to 8; None for the numbers themselves.
-      window: tokens that are compressed at once.
+      span: tokens that are compressed at once (the paper's window).
       prompt: most positions of the first pass, padding included. What remains of ``max_length`` is room for later ones.
         None makes room for either to take all.
     """
@@ -84,15 +86,15 @@ class MixedPrecision:
     sparse: bool = True
     high: int | None = 4
     low: int | None = 2
-    window: int = 100
+    span: int = 100
     prompt: int | None = None
 
     def __post_init__(self):
         check_factory(self.tokens, "MixedPrecision.tokens")
         prompt = self.max_length if self.prompt is None else self.prompt
-        if not 1 <= prompt <= self.max_length or self.window < 1:
+        if not 1 <= prompt <= self.max_length or self.span < 1:
             raise DyncompError(
-                f"MixedPrecision: prompt={self.prompt} of max_length={self.max_length}, window={self.window};"
+                f"MixedPrecision: prompt={self.prompt} of max_length={self.max_length}, span={self.span};"
                 " use 1 or more, and a prompt that fits"
             )
         for name in ("high", "low"):
@@ -107,13 +109,13 @@ class MixedPrecision:
         bits = self.high, self.low, dtype
         return (
             TwoEnded(slots, self.tokens().cap(slots), *bits),
-            TwoEnded(self.window, self.window, *bits),
+            TwoEnded(self.span, self.span, *bits),
         )
 
     @property
     def room(self) -> int:
         """Spans that can be kept."""
-        return (self.max_length - (self.prompt or 0)) // self.window
+        return (self.max_length - (self.prompt or 0)) // self.span
 
     def init(
         self,
@@ -128,11 +130,11 @@ class MixedPrecision:
         Raises:
           DyncompError: rows of the head's width fill no whole bytes at these bits.
         """
-        prompt, span = self.stores(dtype)
-        shape = (batch, kv_heads, self.window - 1 + self.piece, head_dim)
+        prompt, newer = self.stores(dtype)
+        shape = (batch, kv_heads, self.span - 1 + self.piece, head_dim)
         zeros, places = jnp.zeros(shape, dtype), jnp.full((batch, shape[2]), -1, jnp.int32)
         try:
-            store, one = (x.empty(batch, kv_heads, head_dim) for x in (prompt, span))
+            store, one = (x.empty(batch, kv_heads, head_dim) for x in (prompt, newer))
         except ValueError as error:
             raise DyncompError(f"MixedPrecision with head_dim={head_dim}: {error}") from None
         spans = (
@@ -151,31 +153,25 @@ class MixedPrecision:
           DyncompError: a window or a tree of the mixer, or more positions than a prompt may have.
         """
         asked.check_plain(self)
-        t = asked.q.shape[1]
-        if t == 1:
-            return self._piece(cache, asked)
-        limit = self.max_length if self.prompt is None else self.prompt
-        if t > limit:
-            if t <= self.max_length:
-                raise DyncompError(
-                    f"{t} positions at once, but MixedPrecision.prompt={self.prompt}; raise it, or read in parts"
-                )
+        if cache.begun or asked.q.shape[1] == 1:
+            return self._pieces(dataclasses.replace(cache, begun=True), asked)
+        self._check_fits(asked.q.shape[1])
+        return self._prompt(cache, asked)
+
+    def _check_fits(self, t: int) -> None:
+        if t > self.max_length:
             raise DyncompError(
                 f"{t} tokens do not fit a cache of {self.max_length}; raise max_length or cut the prompt"
             )
-
-        def plain(state: MixedCache, mixed: Array, work: Work) -> tuple[Any, Array, tuple]:
-            return state, mixed, (work.pairs, work.needed, work.scored)
-
-        first = lambda: plain(*self._prompt(cache, asked))
-        later = lambda: plain(*self._pieces(cache, asked))
-        state, mixed, work = lax.cond(cache.length == 0, first, later)
-        return state, mixed, Work(*work)
+        if self.prompt is not None and t > self.prompt:
+            raise DyncompError(
+                f"{t} positions at once, but MixedPrecision.prompt={self.prompt}; raise it, or read in parts"
+            )
 
     @property
     def piece(self) -> int:
         """Positions of a later pass that are read at once: no more than one span fills up in between."""
-        return min(PIECE, self.window)
+        return min(PIECE, self.span)
 
     def _pieces(self, cache: MixedCache, asked: Asked) -> tuple[MixedCache, Array, Work]:
         """A later pass; a last piece that is not full is one by itself, as padding would fill the window."""
@@ -222,7 +218,8 @@ class MixedPrecision:
         layout = self.stores(cache.keys.dtype.name)[0]
         count = jnp.minimum(chosen.count, layout.most)
         store = layout.pack(k, v, places, chosen.order, count)
-        return dataclasses.replace(cache, prompt=store, length=cache.length + places.shape[1])
+        length = cache.length + places.shape[1]
+        return dataclasses.replace(cache, prompt=store, length=length, begun=True)
 
     def repacked(
         self,
@@ -250,9 +247,8 @@ class MixedPrecision:
         own = self.stores(cache.keys.dtype.name)[0]
         store = own.pack(k, v, places, now, jnp.minimum(count, own.most))
         empty = self.init(b, g, p, cache.keys.dtype.name)
-        return dataclasses.replace(
-            empty, prompt=store, tau=cache.tau, budget=cache.budget, length=cache.length
-        )
+        told = {"tau": cache.tau, "budget": cache.budget, "length": cache.length, "begun": True}
+        return dataclasses.replace(empty, prompt=store, **told)
 
     def _piece(self, cache: MixedCache, asked: Asked) -> tuple[MixedCache, Array, Work]:
         """At most `PIECE` positions, over everything."""
@@ -262,11 +258,11 @@ class MixedPrecision:
             :, None
         ]
         parts = [packed_attention(q, Packed.plain(cache.keys), Packed.plain(cache.values), own)]
-        layout, span = self.stores(cache.keys.dtype.name)
+        layout, newer = self.stores(cache.keys.dtype.name)
         part, read = layout.attend(cache.prompt, q)
         parts.append(part)
         if cache.spans is not None:
-            part, more = _over_spans(span, cache, q)
+            part, more = _over_spans(newer, cache, q)
             parts.append(part)
             read = read + more
         mixed, _ = merged(parts)
@@ -297,14 +293,14 @@ class MixedPrecision:
         """The oldest tokens of a full window as a span, and the keys that were scored for it."""
         if cache.spans is None:
             return cache, jnp.int32(0)
-        full = (cache.fresh >= self.window) & (cache.used < self.room)
+        full = (cache.fresh >= self.span) & (cache.used < self.room)
         last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
         query = jnp.take_along_axis(q, last[:, None, None, None], axis=1)
         done = lax.cond(full, lambda: self._one_span(cache, query), lambda: cache)
-        return done, jnp.where(full, jnp.int32(self.window), 0)
+        return done, jnp.where(full, jnp.int32(self.span), 0)
 
     def _one_span(self, cache: MixedCache, query: Float[Array, "b 1 h p"]) -> MixedCache:
-        w = self.window
+        w = self.span
         old = lambda x: jnp.swapaxes(x[:, :, :w], 1, 2)  # [b w g p]
         k, v, places = old(cache.keys), old(cache.values), cache.positions[:, :w]
         real = places >= 0

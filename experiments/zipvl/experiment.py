@@ -29,11 +29,9 @@ COMPUTE = "pairs"
 TAUS = {"80": 0.8, "90": 0.9, "96": 0.96, "975": 0.975}
 RANKINGS = ("accumulated", "random")
 PROBES = {
-    "recent_90": {"probe": "recent", "recent": 128},
-    "drawn_90": {"probe": "random", "drawn": 128},
-    "all_90": {"probe": "all"},
-    "seen_90": {"normaliser": "probe"},
-}
+    "probed_80": {}, "probed_90": {}, "seen_90": {"normaliser": "probe"},
+    "recent_90": {"probe": "recent", "recent": 128}, "drawn_90": {"probe": "random", "drawn": 128},
+}  # fmt: skip
 BITS = {
     "bits_42": (4, 2),
     "bits_24": (2, 4),
@@ -43,9 +41,10 @@ BITS = {
 }
 ARMS = [
     "dense", *(f"adaptive_{name}" for name in TAUS), "fixed_80", "fixed_90", "shuffled_90",
-    *(f"{ranking}_90" for ranking in RANKINGS), *PROBES, *BITS, "bits_42_random",
+    *(f"{ranking}_90" for ranking in RANKINGS), *PROBES, "probed_975", "probed_fixed_90",
+    *(f"probed_{ranking}_90" for ranking in RANKINGS), *BITS, "bits_42_random",
     "bits_42_accumulated", "bits_42_286", "whole_975", "whole_window32",
-    "tables_dense", "tables_90", "tables_975",
+    "tables_dense", "tables_975", "tables_probed_975",
 ]  # fmt: skip
 TRIALS = dict.fromkeys(ARMS, 1)  # nothing is tuned
 METRICS = {
@@ -68,15 +67,18 @@ class Reader:
         self.model, self.variables, self.tokenizer, self.sizes = model, variables, tokenizer, sizes
         mixer = config.load(SLUG).runs["base"].model.groups[0].blocks[0]().mixer()
         self.cache, self.tokens = mixer.cache, mixer.cache(max_length=1).tokens
-        self.follower = Follower(model, variables)
+        self.follower, self.known = Follower(model, variables), {}
         self._read = jax.jit(self._reading)
         self._go_on = jax.jit(self._going_on)
 
     def policy(self, tokens: dict[str, Any] | None = None, **words: Any) -> MixedPrecision:
-        """The config's cache with changes; without quantisers unless told."""
-        prompt, chosen = self.sizes["prompt"], functools.partial(self.tokens, **(tokens or {}))
-        own = {"high": None, "low": None, "tokens": chosen, "prompt": prompt, **words}
-        return self.cache(max_length=prompt + self.sizes["new"], **own)
+        """The config's cache with changes; without quantisers unless told. The same words give the same object."""
+        key = str((tokens, words))
+        if key not in self.known:
+            prompt, chosen = self.sizes["prompt"], functools.partial(self.tokens, **(tokens or {}))
+            own = {"high": None, "low": None, "tokens": chosen, "prompt": prompt, **words}
+            self.known[key] = self.cache(max_length=prompt + self.sizes["new"], **own)
+        return self.known[key]
 
     def _reading(self, variables, tokens, cache):
         x, aux = self.model.apply(variables, tokens, cache=cache, method="hidden")
@@ -196,6 +198,11 @@ def random_split(rng: np.random.Generator, counts: np.ndarray, n: int) -> np.nda
     return order
 
 
+def evened(counts: np.ndarray) -> np.ndarray:
+    """One p for all layers of a text, the mean: int [l b]."""
+    return np.broadcast_to(np.round(counts.mean(axis=0)).astype(int), counts.shape)
+
+
 class Seed:
     """All arms of one seed on one set of texts."""
 
@@ -211,23 +218,14 @@ class Seed:
 
     def dense(self, arm: str | None, share: float, **tokens: Any) -> Read:
         """A dense prefill; the store's front holds so many of the best tokens."""
-        budget = np.full((len(self.layers_shape), len(self.texts)), round(share * self.n))
+        budget = np.full((self.reader.model.depth, len(self.texts)), round(share * self.n))
         policy = self.reader.policy(tokens, sparse=False)
         read = self.reader.prompt(self.texts, policy, None, budget)
         if arm is None:
             return read
         # Nothing is left out of attention, whatever the store's ends hold.
-        whole = {
-            "pairs": 1.0,
-            "kept": 1.0,
-            "spread": 0.0,
-            "executed": sparsity(read, self.n)["executed"],
-        }
+        whole = {**sparsity(read, self.n), "pairs": 1.0, "kept": 1.0, "spread": 0.0}
         return self.judged(arm, read, whole)
-
-    @property
-    def layers_shape(self) -> range:
-        return range(self.reader.model.depth)
 
     def judged(self, arm: str, read: Read, figures: dict[str, float] | None = None) -> Read:
         """Goes on behind a prompt at full precision: one program for all policies."""
@@ -246,19 +244,30 @@ class Seed:
         nats = self.reader.nats(self.texts, read, layers)
         self.results[arm] = {"nats": nats, **size(layers)}
 
-    def prefill_arms(self) -> dict[str, Read]:
-        """Which tokens attend."""
-        kept = {name: self.sparse(f"adaptive_{name}", tau) for name, tau in TAUS.items()}
+    def prefill_arms(self, piece: Any) -> tuple[dict[str, np.ndarray], Read, dict[str, list]]:
+        """Which tokens attend, told by every query, and by few.
+
+        Returns:
+          p of some arms [l b], what the paper's own setting read, and what is shown of a text; caches are large.
+        """
+        every, kept, shown = functools.partial(self.sparse, probe="all"), {}, {}
+        for name, tau in TAUS.items():
+            read = every(f"adaptive_{name}", tau)
+            kept[f"adaptive_{name}"] = read.counts
+            shown = shown or shown_text(self.texts, read, piece)
         for name in ("80", "90"):
-            mean = np.round(kept[name].counts.mean(axis=0)).astype(int)
-            self.sparse(f"fixed_{name}", budget=np.broadcast_to(mean, kept[name].counts.shape))
-        counts = kept["90"].counts
-        self.sparse("shuffled_90", budget=self.rng.permuted(counts, axis=0))
+            every(f"fixed_{name}", budget=evened(kept[f"adaptive_{name}"]))
+        counts = kept["adaptive_90"]
+        every("shuffled_90", budget=self.rng.permuted(counts, axis=0))
         for ranking in RANKINGS:
-            self.sparse(f"{ranking}_90", budget=counts, ranking=ranking)
+            every(f"{ranking}_90", budget=counts, ranking=ranking)
         for arm, tokens in PROBES.items():
-            self.sparse(arm, **tokens)
-        return kept
+            kept[arm] = self.sparse(arm, TAUS[arm.rpartition("_")[2]], **tokens).counts
+        counts = kept["probed_90"]
+        self.sparse("probed_fixed_90", budget=evened(counts))
+        for ranking in RANKINGS:
+            self.sparse(f"probed_{ranking}_90", budget=counts, ranking=ranking)
+        return kept, self.sparse("probed_975", TAUS["975"]), shown
 
     def cache_arms(self, whole: Read) -> None:
         """At how many bits they stay."""
@@ -269,8 +278,8 @@ class Seed:
         self.packed("bits_42_random", half, (4, 2), order, half.counts)
         self.packed("bits_42_accumulated", self.dense(None, 0.5, ranking="accumulated"), (4, 2))
         self.packed("bits_42_286", self.dense(None, 0.286), (4, 2))
-        for arm, window in (("whole_975", {}), ("whole_window32", {"window": 32})):
-            self.packed(arm, whole, (4, 2), **window)
+        for arm, words in (("whole_975", {}), ("whole_window32", {"span": 32})):
+            self.packed(arm, whole, (4, 2), **words)
             self.results[arm] |= sparsity(whole, self.n)
 
 
@@ -294,17 +303,19 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
     (reader, piece), rng = make_reader(quick), np.random.default_rng(seed)
     prose = draw_texts(reader, "prose", rng)
     own = Seed(reader, prose, rng)
-    kept = own.prefill_arms()
-    own.cache_arms(kept["975"])
+    kept, whole, shown = own.prefill_arms(piece)
+    own.cache_arms(whole)
     tables = Seed(reader, draw_texts(reader, "tables", rng), rng)
     tables.dense("tables_dense", 0.5)
-    found = {name: tables.sparse(f"tables_{name}", TAUS[name]) for name in ("90", "975")}
-    share = lambda read: (read.counts.mean(axis=1) / own.n).tolist()
-    shown = {
-        "layers": {f"prose, tau {TAUS[name]}": share(read) for name, read in kept.items()}
-        | {f"tables, tau {TAUS[name]}": share(read) for name, read in found.items()},
-        **shown_text(prose, kept["80"], piece),
+    found = tables.sparse("tables_975", TAUS["975"], probe="all").counts
+    tables.sparse("tables_probed_975", TAUS["975"])
+    named = {
+        **{f"tau {tau}": kept[f"adaptive_{name}"] for name, tau in TAUS.items()},
+        "tau 0.9, 128 probes": kept["probed_90"],
+        "tables, tau 0.975": found,
     }
+    share = {name: (counts.mean(axis=1) / own.n).tolist() for name, counts in named.items()}
+    shown = {"layers": share, **shown}
     return {**own.results, **tables.results, "_figures": shown}
 
 

@@ -14,6 +14,12 @@ PAIRS = {
     "shuffled_90": "p of shuffled layers, as .9", "accumulated_90": "accumulated, as .9",
     "random_90": "random, as .9",
 }  # fmt: skip
+PROBED = {
+    "dense": "dense", "probed_80": "tau .8", "probed_90": "tau .9", "probed_975": "tau .975",
+    "probed_fixed_90": "one p, as .9", "probed_accumulated_90": "accumulated, as .9",
+    "probed_random_90": "random, as .9", "seen_90": "tau .9, divided by probes",
+    "recent_90": "tau .9, 128 newest", "drawn_90": "tau .9, 128 random",
+}  # fmt: skip
 BITS = {
     "bits_42": "4 important, 2 others", "bits_24": "2 important, 4 others", "bits_42_random": "4/2 at random",
     "bits_42_accumulated": "4/2, accumulated", "bits_42_286": "4/2, 28.6% important",
@@ -22,21 +28,28 @@ BITS = {
 
 
 def draw(results: dict[str, Any], outdir: Path) -> None:
-    """Four files."""
+    """Five files."""
     shown = [run["shown"] for run in results["runs"] if run.get("shown")]
-    y = ("nats", "nats a token behind the prompt")
+    x, y = (
+        ("pairs", "pairs kept while reading the prompt"),
+        ("nats", "nats a token behind the prompt"),
+    )
     drawing.plane(
-        results, PAIRS, outdir / "1_loss_against_pairs.svg", x=("pairs", "pairs kept while reading the prompt"),
-        y=y, sweep=("adaptive_80", "adaptive_90", "adaptive_96", "adaptive_975", "dense"),
+        results, PAIRS, outdir / "1_loss_against_pairs.svg", x=x, y=y,
+        sweep=("adaptive_80", "adaptive_90", "adaptive_96", "adaptive_975", "dense"),
     )  # fmt: skip
     drawing.plane(
-        results, BITS, outdir / "2_loss_against_bits.svg", x=("bits", "bits of a cached number"), y=y,
+        results, PROBED, outdir / "2_loss_against_pairs_128_probes.svg", x=x, y=y,
+        sweep=("probed_80", "probed_90", "probed_975", "dense"),
+    )  # fmt: skip
+    drawing.plane(
+        results, BITS, outdir / "3_loss_against_bits.svg", x=("bits", "bits of a cached number"), y=y,
         sweep=("bits_22", "bits_33", "bits_44"),
     )  # fmt: skip
-    layers(shown, outdir / "3_tokens_by_layer.svg")
+    layers(shown, outdir / "4_tokens_by_layer.svg")
     one = shown[0]
     drawing.shaded_text(
-        one["text"], one["share"], outdir / "4_kept_on_text.png",
+        one["text"], one["share"], outdir / "5_kept_on_text.png",
         what="share of layers in which a token is important, tau .8",
     )  # fmt: skip
 

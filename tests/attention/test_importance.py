@@ -157,9 +157,9 @@ def test_queries_that_do_not_count_give_nothing():
 def test_accumulated_prefers_early_tokens():
     q, k, _ = drawn()
     early = lambda ranking: np.sort(
-        choose(0.2 * q, k, budget=jnp.full((B,), 20), probe="all", ranking=ranking).order[:, :20]
+        choose(2.0 * q, k, budget=jnp.full((B,), 20), probe="all", ranking=ranking).order[:, :20]
     ).mean()
-    assert early("accumulated") < 12 and early("normalised") > early("accumulated") + 1
+    assert early("accumulated") + 1 < early("normalised")
     draws = [choose(q, k, budget=jnp.full((B,), 20), ranking="random").order[:, :20] for _ in "ab"]
     np.testing.assert_array_equal(*draws)
     assert set(np.asarray(draws[0][0]).tolist()) != set(np.asarray(draws[0][1]).tolist())

@@ -19,20 +19,23 @@ from dyncomp.attention import (
 from dyncomp.attention.two_ended import TwoEnded
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
+from dyncomp.decoding import Generator, Session
+from dyncomp.experts import SwiGLU
+from dyncomp.models import Block, DecoderLM, Group
 
-B, T, D, P, ROOM, WINDOW = 2, 14, 32, 8, 40, 5
+B, T, D, P, ROOM, SPAN = 2, 14, 32, 8, 40, 5
 TOKENS = functools.partial(ImportantTokens, tau=0.6, recent=4, drawn=4, tile=4)
 CACHES = {
     "full": FullCache,
     "exact": functools.partial(
-        MixedPrecision, tokens=TOKENS, window=WINDOW, sparse=False, high=None, low=None
+        MixedPrecision, tokens=TOKENS, span=SPAN, sparse=False, high=None, low=None
     ),
     "packed": functools.partial(
-        MixedPrecision, tokens=functools.partial(TOKENS, most=10), window=WINDOW, sparse=False,
+        MixedPrecision, tokens=functools.partial(TOKENS, most=10), span=SPAN, sparse=False,
         prompt=T,
     ),
     "zipvl": functools.partial(
-        MixedPrecision, tokens=functools.partial(TOKENS, probe="recent"), window=WINDOW
+        MixedPrecision, tokens=functools.partial(TOKENS, probe="recent"), span=SPAN
     ),
 }  # fmt: skip
 
@@ -94,7 +97,7 @@ def test_without_quantisers_nothing_is_lost(step):
     """Window, spans and both ends of the prompt's store together are the full cache."""
     got, cache = layer("exact").decoded(step=step)
     np.testing.assert_allclose(got, dense(), atol=2e-6)
-    assert int(cache.used) == 26 // WINDOW and int(cache.fresh) == 26 % WINDOW
+    assert int(cache.used) == 26 // SPAN and int(cache.fresh) == 26 % SPAN
     np.testing.assert_array_equal(cache.seen(), [ROOM, ROOM])
 
 
@@ -337,3 +340,25 @@ def test_bfloat16():
     got, aux = call(x[:, T : T + 1], cache=aux.cache)
     assert aux.cache.keys.dtype == jnp.bfloat16
     np.testing.assert_allclose(got[:, 0].astype(jnp.float32), dense()[:, T], atol=0.05)
+
+
+def test_the_drivers_of_decoding_use_it():
+    """Ragged prompts, left-padded and right-padded: unquantised and dense, what is written is FullCache's."""
+    models = {}
+    for name in ("full", "exact"):
+        mixer = functools.partial(Attention, heads=4, kv_heads=2, cache=CACHES[name])
+        block = functools.partial(Block, mixer=mixer, ffn=functools.partial(SwiGLU, hidden=16))
+        models[name] = DecoderLM(30, D, [Group([block], 2)])
+    variables = models["full"].init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    prompts, written, logits = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3]], {}, {}
+    for name, model in models.items():
+        found = Generator(model, variables).generate(prompts, max_new=9)
+        written[name] = [one.tokens for one in found]
+        session = Session(model, variables)
+        first = session.open(prompts, 48)
+        more = session.extend([[2, 7], [1, 8, 2, 8, 1, 8, 2]])
+        session.take_back([1, 3])
+        logits[name] = first, more[0, :2], more[1, :7], session.step([[4], [5]])
+    assert written["full"] == written["exact"]
+    for ours, theirs in zip(logits["exact"], logits["full"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
