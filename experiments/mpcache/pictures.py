@@ -33,7 +33,7 @@ def draw(results: dict[str, Any], outdir: Path) -> None:
     what = {"stayed": "share of layers that keep the token (50% each)",
             "read": "share of layers' lists in which the last query reads the token"}  # fmt: skip
     for number, (name, text) in enumerate(what.items(), 3):
-        part = {"values": shown["text"][-4000:], "shades": shown[name][-4000:]}
+        part = {"values": shown["text"][-2200:], "shades": shown[name][-2200:]}
         drawing.shaded_text(**part, path=outdir / f"{number}_{name}.png", what=text)
 
 

@@ -31,8 +31,8 @@ def draw(results: dict[str, Any], outdir: Path) -> None:
     drawing.save(figure, outdir / "2_pass_key.svg")
     shown = next(run["shown"] for run in results["runs"] if run.get("shown"))
     drawing.shaded_text(
-        shown["text"],
-        shown["selected"],
+        shown["text"][-2200:],
+        shown["selected"][-2200:],
         outdir / "3_selected.png",
         what="share of layers whose last query selected the token (176 read)",
     )
