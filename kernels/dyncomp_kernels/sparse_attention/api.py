@@ -14,9 +14,6 @@ Implementation = Literal["xla", "pallas", "triton"]
 KERNELS = {"tpu": ("pallas", pallas_tpu), "cuda": ("triton", pallas_triton)}
 """The form of each platform that has one of its own."""
 
-UNASKED = {"tpu"}
-"""Where it serves without being asked for by name; a GPU must first have passed ``selfcheck.py``."""
-
 
 def sparse_attention(
     q: Array,
@@ -75,10 +72,7 @@ def explain(q: Any, k: Any, lists: BlockLists) -> dict[str, str]:
         reason = supports(name, q, k, lists)
         if not reason and not _on_one_device():
             reason = "kernels are not partitioned: call it inside a shard_map"
-        fits = f"{name} serves"
-        if platform not in UNASKED:
-            fits = f"xla serves; {name} fits, where asked for by name"
-        said[platform] = f"xla serves; {reason}" if reason else fits
+        said[platform] = f"xla serves; {reason}" if reason else f"{name} serves"
     return said
 
 
@@ -118,7 +112,7 @@ def _form(name: str, implementation: Implementation | None, like: Any, *args: An
     fit = {
         platform: call(form)
         for platform, (_, form) in KERNELS.items()
-        if platform in UNASKED and not form.supports(*like[:3]) and _on_one_device()
+        if not form.supports(*like[:3]) and _on_one_device()
     }
     return lax.platform_dependent(*args, **fit, default=call(xla))
 
