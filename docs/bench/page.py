@@ -63,12 +63,13 @@ def _attention(result):
     return "\n".join(
         [
             f"## Sparse attention on {result['gpus']} x {result['gpu']}\n",
-            f"`python -m dyncomp_kernels.sparse_attention.bench_gpu`, run on the device: jax {result['jax']}, PyTorch",
-            f"{result['torch']}, driver {result['driver']}, {result['date']}. Causal, bfloat16, head 128, 16 query heads on 4",
-            "key/value heads, blocks of 128; milliseconds. Ideal: cuDNN's dense time (through JAX) times the share of causal",
-            "blocks. `sdpa` and `flex` are PyTorch's, the latter with the same block masks. The host's cores were busy meanwhile, which",
-            "adds to times below a millisecond. `selfcheck` on the same device: outputs and gradients of",
-            f"{result['checked']['problems']} problems within {result['checked']['worst']} of the largest number, of float64.\n",
+            f"`python -m dyncomp_kernels.sparse_attention.bench_gpu`, run on the device: jax {result['jax']},",
+            f"PyTorch {result['torch']}, driver {result['driver']}, {result['date']}. Causal, bfloat16, head 128, 16",
+            "query heads on 4 key/value heads, blocks of 128; milliseconds. Ideal: cuDNN's dense time (through JAX)",
+            "times the share of causal blocks. `sdpa` and `flex` are PyTorch's, the latter with the same block masks.",
+            "The host's cores were busy meanwhile, which adds to times below a millisecond. `selfcheck` on the same",
+            f"device: outputs and gradients of {result['checked']['problems']} problems within",
+            f"{result['checked']['worst']} of the largest number, of float64.\n",
             "| length | form | share | forward | with gradients | of ideal, forward | of ideal, with gradients |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *(
