@@ -43,8 +43,8 @@ MEMORY = "bytes of temporaries and outputs of twice the tokens / bytes, as compi
 def rows(quick: bool) -> list[dict[str, Any]]:
     """Rows of the kernel, of prefill and of decode; rivals of PyTorch only where it is installed."""
     length = 512 if quick else LENGTH
-    rivals = [name for name in RIVALS if name == "jax_dense" or attention_peer.available()]
-    found = [_rival(name, length, quick) for name in rivals if not (quick and name == "flex")]
+    torch = attention_peer.available() and not quick
+    found = [_rival(name, length, quick) for name in RIVALS if name == "jax_dense" or torch]
     found += [_linear(length, quick), _memory(length)]
     return found + attention_decode.rows(quick)
 

@@ -38,7 +38,8 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     lengths = (256,) if quick else LENGTHS
     found = [_crossing(length, quick) for length in lengths]
     found.append(_prefill(lengths[-1], quick))
-    return found + [_decode(case, 256 if quick else CONTEXT, quick) for case in POLICIES]
+    cases = ("selection",) if quick else tuple(POLICIES)
+    return found + [_decode(case, 256 if quick else CONTEXT, quick) for case in cases]
 
 
 def with_mixer(model: Any, **change: Any) -> Any:

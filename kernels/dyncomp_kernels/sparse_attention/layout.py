@@ -4,6 +4,7 @@ Letters: ``u`` groups of query heads, ``r`` heads of a group, ``n`` = r x rows q
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -30,8 +31,8 @@ class Layout:
     seeing: Seeing
 
     @classmethod
-    def of(cls, q: Array, k: Array, lists: BlockLists, seeing: Seeing) -> "Layout":
-        """From the arguments of `api.sparse_attention`."""
+    def of(cls, q: Any, k: Any, lists: BlockLists, seeing: Seeing) -> "Layout":
+        """From the arguments of `api.sparse_attention`, or their shapes."""
         (b, t, h, p), (_, s, g, _), (w, a, _, m) = q.shape, k.shape, lists.index.shape
         return cls(b, t, s, h, g, p, w, a, m, lists.rows, lists.columns, seeing)
 
