@@ -33,7 +33,7 @@ FOLLOWED = {f"{vote}_{n}": (vote, n) for vote in ("soft", "recent", "random") fo
 REUSED = {"reuse_8": 0.8, "reuse_9": 0.9, "reuse_95": 0.95}
 HITTERS = {"hitters_96": 96, "hitters_224": 224}
 ASKED = {f"{vote}_asked": vote for vote in VOTES}
-ARMS = ["dense", *PIECES, *FOLLOWED, *REUSED, *HITTERS, "compact_96", *ASKED]
+ARMS = ["dense", *PIECES, *FOLLOWED, *REUSED, *HITTERS, "places_96", *ASKED]
 TRIALS = dict.fromkeys(ARMS, 1)  # nothing is tuned: shares of the list follow the released sizes
 METRICS = {
     "nats": {"text": "nats a token of texts read in pieces, after token 512", "minimize": True},
@@ -106,7 +106,7 @@ def followed(study: Study) -> tuple[dict[str, dict[str, float]], Any]:
     for name, (vote, budget) in FOLLOWED.items():
         state = run(name, under(whole, study.policy(slots, **base, **VOTES[vote]), budget))
         shown = state if name == "soft_96" else shown
-    run("compact_96", under(whole, study.policy(slots, **base, compact=False), 96))
+    run("places_96", under(whole, study.policy(slots, **base, compact=False), 96))
     for name, reuse in REUSED.items():
         state = run(name, under(whole, study.policy(slots, **base, reuse=reuse), 96))
         results[name]["chosen"] = float(jnp.mean(state.selections)) / study.new
