@@ -13,8 +13,7 @@ from dyncomp.attention import FullCache, SinkWindow, TokenSelection, VerticalSla
 from dyncomp.attention.sight import Sight
 from dyncomp.bench import fresh, generate_peer, timing
 from dyncomp.decoding import FullDepth, Generator
-from dyncomp.models import Group
-from dyncomp.models.apart import bound
+from dyncomp.models import with_mixer
 
 CONTEXT, BUDGET, GOAL, STEPS, PAIRS = 8192, 512, 0.7, 4, 20
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -40,12 +39,6 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     found.append(_prefill(lengths[-1], quick))
     cases = ("selection",) if quick else tuple(POLICIES)
     return found + [_decode(case, 256 if quick else CONTEXT, quick) for case in cases]
-
-
-def with_mixer(model: Any, **change: Any) -> Any:
-    """All mixers bound otherwise."""
-    groups = [Group([bound(block, change) for block in g.blocks], g.repeat) for g in model.groups]
-    return model.clone(groups=groups)
 
 
 def stepper(cache: Any, context: int, quick: bool) -> tuple[Callable[[], None], Any, Any]:

@@ -1,6 +1,6 @@
 """Backbones with seams."""
 
-from dyncomp.models.apart import apart, with_mixers
+from dyncomp.models.apart import apart, with_mixer, with_mixers
 from dyncomp.models.block import Block
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
@@ -62,6 +62,7 @@ __all__ = [
     "stack",
     "unstack",
     "with_layer_caches",
+    "with_mixer",
     "with_mixers",
     "with_patterns",
     "with_told",

@@ -62,13 +62,23 @@ def with_mixers(model: DecoderLM, changes: Sequence[Mapping[str, Any]]) -> Decod
     return model.clone(groups=groups)
 
 
-def bound(block: Any, change: Mapping[str, Any]) -> Any:
-    """A block with other bindings of its mixer.
+def with_mixer(model: DecoderLM, **change: Any) -> DecoderLM:
+    """Any model with other bindings of all its mixers alike: ``with_mixer(model, cache=...)``; layers stay as they lie.
 
     Raises:
-      DyncompError: the block is no functools.partial with a mixer that is one.
+      DyncompError: a block is no functools.partial with a ``mixer`` that is one.
+    """
+    groups = [Group([bound(block, change) for block in g.blocks], g.repeat) for g in model.groups]
+    return model.clone(groups=groups)
+
+
+def bound(block: Any, change: Mapping[str, Any]) -> Any:
+    """A block's factory with other bindings of its mixer.
+
+    Raises:
+      DyncompError: it is no functools.partial with a ``mixer`` that is one.
     """
     mixer = getattr(block, "keywords", {}).get("mixer")
     if mixer is None:
-        raise DyncompError("with_mixers: a block is no functools.partial with a mixer; bind it so")
+        raise DyncompError("with_mixer: a block is no functools.partial with a mixer; bind it so")
     return functools.partial(block, mixer=functools.partial(mixer, **change))

@@ -16,7 +16,7 @@ from dyncomp import attention
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Int, Variables
-from dyncomp.models.apart import bound
+from dyncomp.models.apart import bound, with_mixer
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.group import Group
 from dyncomp.models.layout import STACKED, is_stacked, stack
@@ -180,15 +180,14 @@ def with_told(
     """
     if told is not None and len(told) != model.depth:
         raise DyncompError(f"patterns for {len(told)} blocks; the model has {model.depth}")
-    change = {"pattern": pattern, "pattern_from": pattern_from}
-    groups = [Group([bound(block, change) for block in g.blocks], g.repeat) for g in model.groups]
+    changed = with_mixer(model, pattern=pattern, pattern_from=pattern_from)
     own = nn.meta.unbox(variables)
     own = dict(own) if is_stacked(own) else stack(own)
     if own.get("controls"):
         raise DyncompError("the model has run-time controls of its own; patterns go without")
     if told is not None:
-        own["controls"] = _controls(groups, told)
-    return model.clone(groups=groups), own
+        own["controls"] = _controls(changed.groups, told)
+    return changed, own
 
 
 def _controls(groups: Sequence[Group], told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -142,11 +142,12 @@ def test_heavy_hitters_against_one_query_at_a_time(setting):
     assert state.keys.shape[1] == budget
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if "chunked" not in name])
 def test_forgetting_padding_leaves_the_rest(setting, name):
-    """Reading a piece that is padded on the right, and cutting it off again, changes nothing."""
-    if "chunked" in name:
-        pytest.skip("pieces that are padded have other mean queries by design")
+    """Reading a piece that is padded on the right, and cutting it off again, changes nothing.
+
+    Where pieces choose by their mean query it may: real tokens then share pieces with others.
+    """
     variables, x = setting
     module = mixer(SMALL[name])
     state = module.init_cache(D, 2, 40)
