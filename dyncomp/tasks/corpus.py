@@ -21,7 +21,8 @@ Document = tuple[str, bytes]
 def standard_library() -> list[Document]:
     """The Python standard library's source: (relative path, bytes), sorted by path, no two alike.
 
-    ``_sysconfigdata*`` is left out: it describes the machine, and the corpus is one for one Python version.
+    ``_sysconfigdata*`` is left out: it describes the machine. The corpus is one for one Python version and packaging:
+    some packagings leave ``idlelib`` out.
     """
     files = _walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), SKIPPED)
     return list(distinct(file for file in files if not file[0].startswith("_sysconfigdata")))
