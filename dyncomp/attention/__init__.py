@@ -50,6 +50,7 @@ from dyncomp.attention.sampled import (
 )
 from dyncomp.attention.search import compare, compare_patterns, fit_slash
 from dyncomp.attention.sight import Sight
+from dyncomp.attention.token_cache import TokenCache
 from dyncomp.attention.token_selection import TokenSelection
 
 __all__ = [
@@ -95,6 +96,7 @@ __all__ = [
     "Sight",
     "SinkWindow",
     "Split",
+    "TokenCache",
     "TokenSelection",
     "TopBlocks",
     "VerticalSlash",

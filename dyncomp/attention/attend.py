@@ -14,6 +14,9 @@ from dyncomp_kernels.sparse_attention.running import LOWEST, Running
 ROWS, KEYS = 256, 512
 """Queries and slots of a block: its scores for nine heads stay within a core's cache."""
 
+MOST = 0.5
+"""Share of a cache's slots from which a single query takes all of them in one product, on all cores, on CPUs."""
+
 SMALL = 128
 """Slots up to which one dense product is taken: there loops cost more to compile than they save."""
 
@@ -96,13 +99,18 @@ def _blocks(q: Array, k: Array, v: Array, sight: Sight, dtype: str) -> tuple[Arr
     g, rows = k.shape[2], min(t, ROWS)
     count = -(-t // rows)
     scaled = (q.astype(jnp.float32) / math.sqrt(p)).astype(dtype)
+    # As the products read them, once for all blocks; a `FullCache` already holds them so.
+    keys, values = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)
     # A last block that is not full starts earlier and repeats queries.
     starts = jnp.minimum(jnp.arange(count, dtype=jnp.int32) * rows, t - rows)
 
     def run(start: Array) -> tuple[Array, Array]:
         own = lax.dynamic_slice_in_dim(scaled, start, rows, axis=1)
         own = own.reshape(b, rows, g, h // g, p).transpose(0, 2, 3, 1, 4)
-        return _one_block(own.reshape(b, g, -1, p), k, v, sight, start, rows)
+        own = own.reshape(b, g, -1, p)
+        if t == 1 and k.dtype == jnp.float32:
+            return _one_query(own, keys, values, sight)
+        return _one_block(own, keys, values, sight, start, rows)
 
     if count == 1:
         mixed, pairs = run(jnp.int32(0))
@@ -125,11 +133,37 @@ def _rows_first(mixed: Float[Array, "*x b g n p"], h: int, rows: int) -> Float[A
     return jnp.moveaxis(split, -2, -4).reshape(*mixed.shape[:-3], rows, h, p)
 
 
+def _one_query(
+    q: Float[Array, "b g n p"],
+    k: Float[Array, "b g p s"],
+    v: Float[Array, "b g s p"],
+    sight: Sight,
+) -> tuple[Float[Array, "b g n p"], Int[Array, ""]]:
+    """`_one_block` for one query a sequence, over all slots at once where it sees `MOST` of them.
+
+    XLA's CPU compiler runs products in a loop on one core, and others on all.
+    """
+    slots = v.shape[2]
+    first, past = sight.reach(0, 1, min(slots, KEYS))
+
+    def all_slots(k: Array, v: Array) -> tuple[Array, Array]:
+        state = _add(Running.blank(q.shape), q, k, v, sight.all())
+        return state.mixed / state.total[..., None], jnp.int32(slots)
+
+    blocks = lambda k, v: _one_block(q, k, v, sight, jnp.int32(0), 1)
+    return lax.cond((past - first) * KEYS >= MOST * slots, all_slots, blocks, k, v)
+
+
 def _one_block(
-    q: Float[Array, "b g n p"], k: Array, v: Array, sight: Sight, row: Array, rows: int
+    q: Float[Array, "b g n p"],
+    k: Float[Array, "b g p s"],
+    v: Float[Array, "b g s p"],
+    sight: Sight,
+    row: Array,
+    rows: int,
 ) -> tuple[Float[Array, "b g n p"], Int[Array, ""]]:
     """Mixed values, float32, of one block of queries (n: heads of a group by rows), and its pairs."""
-    slots = k.shape[1]
+    slots = v.shape[2]
     columns = min(slots, KEYS)
     first, past = sight.reach(row, rows, columns)
 
@@ -137,15 +171,27 @@ def _one_block(
         begin = index * columns
         start = jnp.minimum(begin, slots - columns)  # a last block that is not full starts earlier
         keys, values = (
-            lax.dynamic_slice_in_dim(x, start, columns, axis=1).astype(q.dtype) for x in (k, v)
+            lax.dynamic_slice_in_dim(x, start, columns, axis).astype(q.dtype)
+            for x, axis in ((k, 3), (v, 2))
         )
         fresh = start + jnp.arange(columns, dtype=jnp.int32) >= begin
         seen = sight.block(row, rows, start, columns) & fresh[None, None]
-        scores = jnp.einsum("bgnp,bsgp->bgns", q, keys, preferred_element_type=jnp.float32)
-        split = scores.reshape(*scores.shape[:2], -1, rows, columns)
-        scores = jnp.where(seen[:, None, None], split, LOWEST).reshape(scores.shape)
-        mix = functools.partial(jnp.einsum, "bgns,bsgp->bgnp", preferred_element_type=jnp.float32)
-        return state.add(scores, lambda weights: mix(weights.astype(q.dtype), values))
+        return _add(state, q, keys, values, seen)
 
     _, total, mixed = lax.fori_loop(first, past, fold, Running.blank(q.shape))
     return mixed / total[..., None], (past - first) * (rows * columns)
+
+
+def _add(
+    state: Running,
+    q: Float[Array, "b g n p"],
+    keys: Float[Array, "b g p c"],
+    values: Float[Array, "b g c p"],
+    seen: Bool[Array, "#b r c"],
+) -> Running:
+    """With some slots' keys and values."""
+    scores = jnp.einsum("bgnp,bgps->bgns", q, keys, preferred_element_type=jnp.float32)
+    split = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])
+    scores = jnp.where(seen[:, None, None], split, LOWEST).reshape(scores.shape)
+    mix = functools.partial(jnp.einsum, "bgns,bgsp->bgnp", preferred_element_type=jnp.float32)
+    return state.add(scores, lambda weights: mix(weights.astype(q.dtype), values))

@@ -69,16 +69,18 @@ class CacheState:
 class KVCache(CacheState):
     """Keys and values of the positions seen so far; scanned layers stack it along a leading axis.
 
+    They lie as the two products of a decode step read them, so that no step turns them: keys by width, values by slot.
+
     Attributes:
-      keys: [b s g p], already rotated; zeros in empty slots.
-      values: [b s g p].
+      keys: [b g p s], already rotated; zeros in empty slots.
+      values: [b g s p].
       positions: int32 [b s], the slot's place in its sequence; -1 where empty or padding.
       length: int32 [], slots filled, the same for every sequence (ragged prompts are padded and masked).
       policy: the policy that made it (static).
     """
 
-    keys: Float[Array, "*l b s g p"]
-    values: Float[Array, "*l b s g p"]
+    keys: Float[Array, "*l b g p s"]
+    values: Float[Array, "*l b g s p"]
     positions: Int[Array, "*l b s"]
     length: Int[Array, "*l"]
     policy: Any = struct.field(pytree_node=False)
@@ -111,10 +113,11 @@ class FullCache:
         heads: int | None = None,
     ) -> KVCache:
         """An empty cache for ``batch`` sequences."""
-        shape = (batch, self.max_length, kv_heads, head_dim)
-        empty = jnp.full(shape[:2], -1, jnp.int32)
-        zeros = jnp.zeros(shape, dtype)
-        return KVCache(zeros, jnp.zeros(shape, dtype), empty, jnp.int32(0), self)
+        slots = self.max_length
+        keys = jnp.zeros((batch, kv_heads, head_dim, slots), dtype)
+        values = jnp.zeros((batch, kv_heads, slots, head_dim), dtype)
+        empty = jnp.full((batch, slots), -1, jnp.int32)
+        return KVCache(keys, values, empty, jnp.int32(0), self)
 
     def extend(
         self,
@@ -123,7 +126,7 @@ class FullCache:
         v: Float[Array, "b t g p"],
         mask: Bool[Array, "b t"] | None = None,
     ) -> tuple[KVCache, Float[Array, "b s g p"], Float[Array, "b s g p"], Int[Array, "b s"]]:
-        """Appends t positions; returns the new cache and what attention looks at.
+        """Appends t positions; returns the new cache and what attention looks at, token by token.
 
         The fill level is a run-time value, so running past the end while decoding cannot raise; it writes NaN
         keys instead of silently overwriting the last slots.
@@ -134,22 +137,13 @@ class FullCache:
         Raises:
           DyncompError: t alone exceeds ``max_length``.
         """
-        new = k.shape[1]
-        if new > self.max_length:
-            raise DyncompError(
-                f"{new} tokens do not fit a cache of {self.max_length}; raise max_length or cut the prompt"
-            )
-        fits = cache.length + new <= self.max_length
-        k = jnp.where(fits, k.astype(cache.keys.dtype), jnp.asarray(jnp.nan, cache.keys.dtype))
-        place = jnp.broadcast_to(cache.length + jnp.arange(new, dtype=jnp.int32), k.shape[:2])
-        place = place if mask is None else jnp.where(mask, place, -1)
-        zero = jnp.int32(0)
-        start = (zero, cache.length, zero, zero)
-        keys = lax.dynamic_update_slice(cache.keys, k, start)
-        values = lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
-        positions = lax.dynamic_update_slice(cache.positions, place, start[:2])
-        state = KVCache(keys, values, positions, cache.length + new, self)
-        return state, keys, values, positions
+        k, place = newcomers(cache, k, mask, self.max_length)
+        at = cache.length
+        keys = _write(cache.keys, jnp.transpose(k, (0, 2, 3, 1)), at, 3)
+        values = _write(cache.values, jnp.swapaxes(v, 1, 2), at, 2)
+        positions = _write(cache.positions, place, at, 1)
+        state = KVCache(keys, values, positions, at + k.shape[1], self)
+        return state, *by_token(keys, values), positions
 
     def attend(self, cache: KVCache, asked: Asked) -> tuple[KVCache, Float[Array, "b t h p"], Work]:
         """Everything that the mixer lets a position see."""
@@ -165,24 +159,49 @@ class FullCache:
         return KVCache(cache.keys, cache.values, positions, jnp.max(length), cache.policy)
 
 
+def newcomers(
+    cache: Any, k: Float[Array, "b t g p"], mask: Bool[Array, "b t"] | None, slots: int
+) -> tuple[Float[Array, "b t g p"], Int[Array, "b t"]]:
+    """New keys as a cache of ``slots`` takes them in behind ``cache.length``, and their places, -1 for padding.
+
+    Raises:
+      DyncompError: they alone are more than ``slots``; past the end of a cache that other passes filled they are NaN.
+    """
+    new = k.shape[1]
+    if new > slots:
+        raise DyncompError(
+            f"{new} tokens do not fit a cache of {slots}; raise max_length or cut the prompt"
+        )
+    nan = jnp.asarray(jnp.nan, cache.keys.dtype)
+    k = jnp.where(cache.length + new <= slots, k.astype(cache.keys.dtype), nan)
+    place = jnp.broadcast_to(cache.length + jnp.arange(new, dtype=jnp.int32), k.shape[:2])
+    return k, place if mask is None else jnp.where(mask, place, -1)
+
+
+def by_token(
+    keys: Float[Array, "b g p s"], values: Float[Array, "b g s p"]
+) -> tuple[Float[Array, "b s g p"], Float[Array, "b s g p"]]:
+    """A `KVCache`'s keys and values token by token; attention turns them back, which the compiler cancels."""
+    return jnp.transpose(keys, (0, 3, 1, 2)), jnp.swapaxes(values, 1, 2)
+
+
 def push_newest(cache: KVCache, source: KVCache) -> KVCache:
     """``cache`` with one more slot, a copy of the newest of ``source``."""
-    keys, values, positions = (
-        _slot(x, source.length - 1) for x in (source.keys, source.values, source.positions)
-    )
-    state, *_ = cache.policy.extend(cache, keys, values, positions >= 0)
+    at = source.length - 1
+    keys, values = by_token(_slot(source.keys, at, 3), _slot(source.values, at, 2))
+    state, *_ = cache.policy.extend(cache, keys, values, _slot(source.positions, at, 1) >= 0)
     return state
 
 
 def replace_newest(cache: KVCache, source: KVCache, rows: Bool[Array, "b"]) -> KVCache:
     """``cache`` with the newest keys and values of ``rows`` taken from the newest slot of ``source``."""
 
-    def merged(own: Array, other: Array) -> Array:
-        new, old = _slot(other, source.length - 1), _slot(own, cache.length - 1)
+    def merged(own: Array, other: Array, axis: int) -> Array:
+        new, old = _slot(other, source.length - 1, axis), _slot(own, cache.length - 1, axis)
         chosen = jnp.where(rows[:, None, None, None], new, old)
-        return lax.dynamic_update_slice_in_dim(own, chosen, cache.length - 1, axis=1)
+        return _write(own, chosen, cache.length - 1, axis)
 
-    keys, values = merged(cache.keys, source.keys), merged(cache.values, source.values)
+    keys, values = merged(cache.keys, source.keys, 3), merged(cache.values, source.values, 2)
     return KVCache(keys, values, cache.positions, cache.length, cache.policy)
 
 
@@ -205,17 +224,21 @@ def keep_slots(cache: KVCache, start: Int[Array, ""], slots: Int[Array, "b p"]) 
     kept, p = slots >= 0, slots.shape[1]
     from_ = start + jnp.maximum(slots, 0)
 
-    def moved(x: Array) -> Array:
-        chosen = jnp.take_along_axis(x, from_[:, :, None, None], axis=1)
-        return lax.dynamic_update_slice_in_dim(x, chosen, start, axis=1)
+    def moved(x: Array, axis: int) -> Array:
+        index = jnp.expand_dims(from_, [n for n in (1, 2, 3) if n != axis])
+        return _write(x, jnp.take_along_axis(x, index, axis=axis), start, axis)
 
     place = start + jnp.arange(p, dtype=jnp.int32)
-    own = jnp.where(kept, place[None], -1)
-    positions = lax.dynamic_update_slice_in_dim(cache.positions, own, start, axis=1)
-    keys, values = moved(cache.keys), moved(cache.values)
-    state = KVCache(keys, values, positions, cache.length, cache.policy)
+    positions = _write(cache.positions, jnp.where(kept, place[None], -1), start, 1)
+    state = KVCache(
+        moved(cache.keys, 3), moved(cache.values, 2), positions, cache.length, cache.policy
+    )
     return truncate(state, start + jnp.max(jnp.sum(kept, axis=1, dtype=jnp.int32)))
 
 
-def _slot(x: Array, at: Int[Array, ""]) -> Array:
-    return lax.dynamic_slice_in_dim(x, at, 1, axis=1)
+def _slot(x: Array, at: Int[Array, ""], axis: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, at, 1, axis=axis)
+
+
+def _write(x: Array, new: Array, at: Int[Array, ""], axis: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), at, axis)

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dyncomp.attention.asked import Asked, Work, dense_pairs, in_chunks, pick, put
-from dyncomp.attention.cache import KVCache
+from dyncomp.attention.token_cache import TokenCache
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int
 
@@ -50,25 +50,29 @@ class SinkWindow:
         head_dim: int,
         dtype: str = "float32",
         heads: int | None = None,
-    ) -> KVCache:
+    ) -> TokenCache:
         """Empty; the first ``sink`` tokens will lie first."""
         shape = (batch, self.slots, kv_heads, head_dim)
         empty = jnp.full(shape[:2], -1, jnp.int32)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.int32(0), self)
+        return TokenCache(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.int32(0), self
+        )
 
-    def attend(self, cache: KVCache, asked: Asked) -> tuple[KVCache, Float[Array, "b t h p"], Work]:
+    def attend(
+        self, cache: TokenCache, asked: Asked
+    ) -> tuple[TokenCache, Float[Array, "b t h p"], Work]:
         """Piece by piece."""
         asked.check_plain(self)
         after, mixed, work = in_chunks(asked, self.piece, cache, self._step)
         return dataclasses.replace(after, length=cache.length + asked.q.shape[1]), mixed, work
 
-    def truncate(self, cache: KVCache, length: Int[Array, ""] | Int[Array, "b"]) -> KVCache:
+    def truncate(self, cache: TokenCache, length: Int[Array, ""] | Int[Array, "b"]) -> TokenCache:
         """Places from ``length`` on are forgotten; what they displaced does not come back."""
         gone = cache.positions >= jnp.reshape(length, (-1, 1))
         positions = jnp.where(gone, -1, cache.positions)
-        return KVCache(cache.keys, cache.values, positions, jnp.max(length), self)
+        return TokenCache(cache.keys, cache.values, positions, jnp.max(length), self)
 
-    def _step(self, cache: KVCache, asked: Asked) -> tuple[KVCache, Array, Work]:
+    def _step(self, cache: TokenCache, asked: Asked) -> tuple[TokenCache, Array, Work]:
         needed = dense_pairs(asked, cache.seen(), self.sink + self.window)
         q, k = asked.turned()
         if q.shape[1] == 1:
@@ -76,7 +80,7 @@ class SinkWindow:
             held = jnp.broadcast_to(jnp.arange(self.slots) < self.sink, cache.positions.shape)
             return self._look(cache, cache, held, asked, q, needed)
         join = lambda old, x: jnp.concatenate([old, x.astype(old.dtype)], axis=1)
-        both = KVCache(
+        both = TokenCache(
             join(cache.keys, k),
             join(cache.values, asked.v),
             join(cache.positions, asked.own_place()),
@@ -86,7 +90,9 @@ class SinkWindow:
         rank = _ranks(both.positions)
         return self._look(self._kept(both, rank), both, rank < self.sink, asked, q, needed)
 
-    def _look(self, after, shown: KVCache, anchored: Array, asked: Asked, q: Array, needed) -> Any:
+    def _look(
+        self, after, shown: TokenCache, anchored: Array, asked: Asked, q: Array, needed
+    ) -> Any:
         """Attention over ``shown``; the first real tokens of each row are anchored."""
         mixed, pairs = asked.mix(
             q,
@@ -98,7 +104,7 @@ class SinkWindow:
         )
         return after, mixed, Work(pairs, needed)
 
-    def _one(self, cache: KVCache, k: Array, v: Array, place: Array) -> KVCache:
+    def _one(self, cache: TokenCache, k: Array, v: Array, place: Array) -> TokenCache:
         """One token a row, over the oldest that is no sink; padding takes no slot."""
         slot = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)
         held = (cache.positions >= 0) & (slot < self.sink)[None]
@@ -111,9 +117,9 @@ class SinkWindow:
             return put(x, at, jnp.where(keep, new[:, 0].astype(x.dtype), own))
 
         keys, values = written(cache.keys, k), written(cache.values, v)
-        return KVCache(keys, values, written(cache.positions, place), cache.length + 1, self)
+        return TokenCache(keys, values, written(cache.positions, place), cache.length + 1, self)
 
-    def _kept(self, both: KVCache, rank: Int[Array, "b s"]) -> KVCache:
+    def _kept(self, both: TokenCache, rank: Int[Array, "b s"]) -> TokenCache:
         """The sinks, in the first slots, and the newest."""
         real = both.positions >= 0
         count = jnp.sum(real, axis=1, dtype=jnp.int32)[:, None]
@@ -122,7 +128,7 @@ class SinkWindow:
         index = order[:, : self.slots].astype(jnp.int32)
         there = pick(keep, index)
         positions = jnp.where(there, pick(both.positions, index), -1)
-        return KVCache(
+        return TokenCache(
             pick(both.keys, index), pick(both.values, index), positions, both.length, self
         )
 

@@ -141,7 +141,7 @@ class RoutedAttention(nn.Module):
         if cache is not None:
             self._check_decodes()
             mixed, cache, pairs = self._cached(q, v, nearest, real, cache, tables)
-            searched = cache.keys.shape[1]
+            searched = cache.positions.shape[1]
             rows = rows if rows == 1 else searched
         elif self.membership == "nearest":
             mixed, *pairs = attend_nearest(q, v, nearest, real, self.members, tables)

@@ -11,10 +11,9 @@ from jax import lax
 
 from dyncomp.attention.asked import Asked, Work, in_chunks
 from dyncomp.attention.attend import attend
-from dyncomp.attention.cache import CacheState, FullCache, KVCache
+from dyncomp.attention.cache import CacheState, newcomers
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
-from dyncomp_kernels.decode_attention.api import gathered
 
 Vote = Literal["soft", "scaled", "raw", "random", "recent"]
 
@@ -24,8 +23,8 @@ class Selecting(CacheState):
     """Everything read so far, and the last selection.
 
     Attributes:
-      keys: [b s g p], without positions.
-      values: [b s g p].
+      keys: [b g s p], without positions.
+      values: [b g s p].
       positions: int32 [b s], places; -1 where empty or padding.
       length: int32 [].
       chosen: int32 [b m], slots of the last selection, ascending; s where there are fewer.
@@ -36,8 +35,8 @@ class Selecting(CacheState):
       policy: static.
     """
 
-    keys: Float[Array, "*l b s g p"]
-    values: Float[Array, "*l b s g p"]
+    keys: Float[Array, "*l b g s p"]
+    values: Float[Array, "*l b g s p"]
     positions: Int[Array, "*l b s"]
     length: Int[Array, "*l"]
     chosen: Int[Array, "*l b m"]
@@ -106,15 +105,15 @@ class TokenSelection:
         heads: int | None = None,
     ) -> Selecting:
         """Empty."""
-        full = FullCache(self.max_length).init(batch, kv_heads, head_dim, dtype)
+        shape = (batch, kv_heads, self.max_length, head_dim)
         chosen = jnp.full((batch, min(self.top, self.max_length)), self.max_length, jnp.int32)
         query = jnp.zeros((batch, heads or kv_heads, head_dim), jnp.float32)
         none, zero = jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32)
         return Selecting(
-            full.keys,
-            full.values,
-            full.positions,
-            full.length,
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.full((batch, self.max_length), -1, jnp.int32),
+            jnp.int32(0),
             chosen,
             query,
             none,
@@ -125,10 +124,11 @@ class TokenSelection:
 
     def truncate(self, cache: Selecting, length: Int[Array, ""] | Int[Array, "b"]) -> Selecting:
         """They are written again; a selection that knew them is void."""
-        full = _full(cache)
-        cut = full.policy.truncate(full, length)
+        slot = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None]
+        positions = jnp.where(slot < jnp.reshape(length, (-1, 1)), cache.positions, -1)
+        cut = dataclasses.replace(cache, positions=positions, length=jnp.max(length))
         since = jnp.where(cache.since > cut.seen(), -1, cache.since)
-        return dataclasses.replace(cache, positions=cut.positions, length=cut.length, since=since)
+        return dataclasses.replace(cut, since=since)
 
     def attend(
         self, cache: Selecting, asked: Asked
@@ -136,20 +136,30 @@ class TokenSelection:
         """A step or a piece over its list, a longer pass piece by piece or densely."""
         asked.check_plain(self)
         t = asked.q.shape[1]
-        full = _full(cache)
-        # Only the new tokens' keys come into the cache here; what positions they get is decided where they are read.
-        full, *_ = full.policy.extend(full, asked.k, asked.v, asked.real)
-        cache = dataclasses.replace(
-            cache, keys=full.keys, values=full.values, positions=full.positions, length=full.length
-        )
+        cache = self._extended(cache, asked)
         if t > 1 and self.chunk is None:
             return cache, *self._densely(cache, asked)
         return in_chunks(asked, self.chunk or 1, cache, self._listed)
 
+    def _extended(self, cache: Selecting, asked: Asked) -> Selecting:
+        """With the new tokens' keys; what positions these get is decided where they are read."""
+        k, place = newcomers(cache, asked.k, asked.real, self.max_length)
+        write = lambda x, new, axis: lax.dynamic_update_slice_in_dim(
+            x, new.astype(x.dtype), cache.length, axis
+        )
+        return dataclasses.replace(
+            cache,
+            keys=write(cache.keys, jnp.swapaxes(k, 1, 2), 2),
+            values=write(cache.values, jnp.swapaxes(asked.v, 1, 2), 2),
+            positions=write(cache.positions, place, 1),
+            length=cache.length + k.shape[1],
+        )
+
     def _densely(self, cache: Selecting, asked: Asked) -> tuple[Array, Work]:
         q = asked.turn(asked.q, asked.positions)
-        keys = asked.turn(cache.keys.astype(q.dtype), jnp.maximum(_ranks(cache.positions), 0))
-        mixed, pairs = asked.mix(q, keys, cache.values.astype(q.dtype), cache.positions)
+        keys, values = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (cache.keys, cache.values))
+        keys = asked.turn(keys, jnp.maximum(_ranks(cache.positions), 0))
+        mixed, pairs = asked.mix(q, keys, values, cache.positions)
         return mixed, Work(pairs, scored=jnp.int32(0))
 
     def _listed(self, cache: Selecting, asked: Asked) -> tuple[Selecting, Array, Work]:
@@ -160,7 +170,7 @@ class TokenSelection:
         count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
         cache, scored = self._selected(cache, asked, ranks, count)
         slots, seen = self._list(cache, positions, count, t)
-        keys, values = (gathered(x, slots[:, None]) for x in (cache.keys, cache.values))
+        keys, values = (_listed(x, slots) for x in (cache.keys, cache.values))
         rank = jnp.take_along_axis(ranks, slots, axis=1, mode="clip")
         own = _own_ranks(asked, positions)
         if self.compact:
@@ -182,10 +192,18 @@ class TokenSelection:
         query = _mean_query(asked, self.local)
         s = ranks.shape[1]
 
-        def select(cache: Selecting) -> tuple[Array, Array]:
-            candidates = (ranks >= self.sink) & (ranks < (count - self.local)[:, None])
+        candidates = (ranks >= self.sink) & (ranks < (count - self.local)[:, None])
+
+        def vote(cache: Selecting) -> tuple[Array, Array]:
             scored = 0 if self.vote in ("random", "recent") else s
             return self._best(cache, query, candidates), jnp.int32(scored)
+
+        def take(cache: Selecting) -> tuple[Array, Array]:
+            return _lowest(candidates, cache.chosen.shape[1]), jnp.int32(0)
+
+        def select(cache: Selecting) -> tuple[Array, Array]:
+            fits = jnp.all(jnp.sum(candidates, axis=1) <= cache.budget)
+            return lax.cond(fits, take, vote, cache)
 
         if self.reuse is None or asked.q.shape[1] > 1:
             chosen, scored = select(cache)
@@ -245,18 +263,31 @@ class TokenSelection:
         return jnp.minimum(slots, positions.shape[1] - 1).astype(jnp.int32), seen
 
 
+def _lowest(chosen: Bool[Array, "b s"], size: int) -> Int[Array, "b m"]:
+    """The slots that are True, at most ``size`` of each row, ascending; s where there are fewer."""
+    s = chosen.shape[1]
+    find = lambda row: jnp.nonzero(row, size=size, fill_value=s)[0].astype(jnp.int32)
+    return jax.vmap(find)(chosen)
+
+
+def _listed(x: Float[Array, "b g s p"], slots: Int[Array, "b n"]) -> Float[Array, "b n g p"]:
+    """Some slots, token by token."""
+    rows = jnp.take_along_axis(x, slots[:, None, :, None], axis=2, mode="clip")
+    return jnp.swapaxes(rows, 1, 2)
+
+
 def votes_of(
     query: Float[Array, "b h p"],
-    keys: Float[Array, "b s g p"],
+    keys: Float[Array, "b g s p"],
     candidates: Bool[Array, "b s"],
     vote: Vote,
     heads: Literal["grouped", "modulo"] = "grouped",
 ) -> Float[Array, "b s"]:
     """Votes of all heads for each key, float32; of keys that are no candidates: 0, or products for ``raw``."""
     b, h, p = query.shape
-    g = keys.shape[2]
+    g = keys.shape[1]
     split = query.reshape(b, g, h // g, p) if heads == "grouped" else query.reshape(b, h // g, g, p)
-    form = "bgrp,bsgp->bgrs" if heads == "grouped" else "brgp,bsgp->bgrs"
+    form = "bgrp,bgsp->bgrs" if heads == "grouped" else "brgp,bgsp->bgrs"
     scores = jnp.einsum(form, split, keys.astype(query.dtype), preferred_element_type=jnp.float32)
     if vote == "raw":
         return jnp.sum(scores, axis=(1, 2))
@@ -271,11 +302,6 @@ def _mean_query(asked: Asked, local: int) -> Float[Array, "b h p"]:
     q = asked.turn(asked.q, places).astype(jnp.float32)
     real = asked.mask[..., None, None].astype(jnp.float32)
     return jnp.sum(q * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1.0)
-
-
-def _full(cache: Selecting) -> KVCache:
-    policy = FullCache(cache.policy.max_length)
-    return KVCache(cache.keys, cache.values, cache.positions, cache.length, policy)
 
 
 def _ranks(positions: Int[Array, "b s"]) -> Int[Array, "b s"]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from dyncomp.attention import KVCache, truncate
+from dyncomp.attention import CacheState, truncate
 from dyncomp.core.aux import Count, count
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
@@ -253,4 +253,4 @@ def _cleared(rows: Waiting, done: Array) -> Waiting:
 def _ending(after: Any, before: Any, tokens: Array) -> Any:
     """A block's cache without the padding that was written behind its new tokens."""
     cut = lambda new, old: truncate(new, old.length + tokens)
-    return jax.tree.map(cut, after, before, is_leaf=lambda node: isinstance(node, KVCache))
+    return jax.tree.map(cut, after, before, is_leaf=lambda node: isinstance(node, CacheState))

@@ -14,7 +14,7 @@ from dyncomp.core.typing import Array, Bool, Float, Int
 from dyncomp.decoding.branches import read_branches
 from dyncomp.decoding.fusion import kl_divergence
 from dyncomp.decoding.net import Net
-from dyncomp.decoding.reading import Reading, begin, read
+from dyncomp.decoding.reading import Reading, begin, each_cache, read
 
 
 def guessing_loss(
@@ -124,6 +124,6 @@ def _sees_prefix(
 
 
 def _check_room(reading: Reading, needed: int) -> None:
-    slots = jax.tree.leaves(reading.cache)[0].shape[1]
+    slots = min(jax.tree.leaves(each_cache(lambda one: one.positions.shape[1], reading.cache)))
     if needed > slots:
         raise DyncompError(f"{needed} slots needed, the text was read with {slots}; give more room")

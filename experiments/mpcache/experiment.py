@@ -189,7 +189,7 @@ def windowed(state: Any, budget: int) -> Any:
     end = int(state.count[0, 0])
     slots = jnp.asarray([*range(SINK), *range(end - budget + SINK, end)])
     keys, values, places = (x[:, :, slots] for x in (state.keys, state.values, state.positions))
-    return attention.KVCache(keys, values, places, state.length, policy)
+    return attention.TokenCache(keys, values, places, state.length, policy)
 
 
 def cut(state: Any, budget: int) -> Any:
@@ -302,7 +302,8 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
 def everything(state: Any) -> Any:
     """Densely read prompts as `attention.FullCache` holds them."""
     policy = attention.FullCache(state.keys.shape[2])
-    return attention.KVCache(state.keys, state.values, state.positions, state.length, policy)
+    keys, values = jnp.moveaxis(state.keys, 2, 4), jnp.swapaxes(state.values, 2, 3)
+    return attention.KVCache(keys, values, state.positions, state.length, policy)
 
 
 def pictures(study: Study, state: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 from dyncomp.attention import Attention, FullCache, keep_slots, truncate
+from dyncomp.attention.cache import by_token
 from dyncomp.core.errors import DyncompError
 
 B, T, D = 2, 7, 8
@@ -97,6 +98,6 @@ def test_kept_slots_move_together():
     state = keep_slots(filled(), jnp.int32(1), jnp.asarray([[0, 3, -1], [2, -1, -1]]))
     assert state.positions.tolist() == [[0, 1, 2, -1, -1, -1], [0, 1, -1, -1, -1, -1]]
     assert int(state.length) == 3
-    for held in (state.keys, state.values):
+    for held in by_token(state.keys, state.values):
         assert held[0, :3, 0, 0].tolist() == [0.0, 1.0, 4.0]
         assert held[1, :2, 0, 0].tolist() == [10.0, 13.0]

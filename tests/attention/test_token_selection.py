@@ -13,6 +13,11 @@ from dyncomp.attention.token_selection import votes_of
 D, H, G = 24, 6, 3
 
 
+def votes(q, k, *words):
+    """`votes_of` for keys [b s g p]."""
+    return votes_of(q, jnp.swapaxes(k, 1, 2), *words)
+
+
 @pytest.fixture(scope="module")
 def queries():
     rng = np.random.default_rng(0)
@@ -28,7 +33,7 @@ def test_votes_are_softmaxes_added_up(queries):
         for h in range(H):
             raw = np.exp(np.float64(k[b, :, h // 2]) @ np.float64(q[b, h])) * candidates[b]
             want[b] += raw / raw.sum()
-    got = votes_of(q, k, candidates, "soft")
+    got = votes(q, k, candidates, "soft")
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(jnp.sum(got, axis=1), H, rtol=1e-5)
 
@@ -40,7 +45,7 @@ def test_a_constant_for_one_head_changes_only_the_raw_sum(queries):
     )  # adding to this coordinate of q adds a constant to the head's products
     shifted = q.at[:, 0, 0].add(7.0)
     same = lambda vote: np.abs(
-        np.asarray(votes_of(q, k, candidates, vote) - votes_of(shifted, k, candidates, vote))
+        np.asarray(votes(q, k, candidates, vote) - votes(shifted, k, candidates, vote))
     ).max()
     assert same("soft") < 1e-5 and same("raw") > 6.0
 
@@ -48,7 +53,7 @@ def test_a_constant_for_one_head_changes_only_the_raw_sum(queries):
 def test_a_louder_head_keeps_its_influence(queries):
     q, k, candidates = queries
     loud = q.at[:, 1].multiply(10.0)
-    one, other = (votes_of(x, k, candidates, "soft") for x in (q, loud))
+    one, other = (votes(x, k, candidates, "soft") for x in (q, loud))
     assert np.abs(np.asarray(one - other)).max() > 1e-2
     np.testing.assert_allclose(jnp.sum(other, axis=1), H, rtol=1e-5)
 
@@ -56,21 +61,21 @@ def test_a_louder_head_keeps_its_influence(queries):
 def test_shared_key_heads_vote_like_copies(queries):
     q, k, candidates = queries
     np.testing.assert_allclose(
-        votes_of(q, k, candidates, "soft"),
-        votes_of(q, jnp.repeat(k, H // G, axis=2), candidates, "soft"),
+        votes(q, k, candidates, "soft"),
+        votes(q, jnp.repeat(k, H // G, axis=2), candidates, "soft"),
         atol=1e-6,
     )
-    released = votes_of(q, k, candidates, "soft", "modulo")
+    released = votes(q, k, candidates, "soft", "modulo")
     copies = jnp.tile(k, (1, 1, H // G, 1))
-    np.testing.assert_allclose(released, votes_of(q, copies, candidates, "soft"), atol=1e-6)
+    np.testing.assert_allclose(released, votes(q, copies, candidates, "soft"), atol=1e-6)
 
 
 def test_permuting_candidates_permutes_the_votes(queries):
     q, k, candidates = queries
     order = np.arange(30)
     order[3:26] = np.random.default_rng(1).permutation(order[3:26])
-    got = votes_of(q, k[:, order], candidates, "soft")
-    np.testing.assert_allclose(got, votes_of(q, k, candidates, "soft")[:, order], atol=1e-6)
+    got = votes(q, k[:, order], candidates, "soft")
+    np.testing.assert_allclose(got, votes(q, k, candidates, "soft")[:, order], atol=1e-6)
 
 
 def layer(**words):
@@ -113,8 +118,8 @@ def test_a_needle_is_selected():
     q, k = rng.normal(size=(1, H, 16)), rng.normal(size=(1, 40, G, 16))
     mean = q.reshape(1, G, 2, 16).mean(2)
     k[:, 17] = 5 * np.linalg.norm(k[:, 17]) * mean / np.linalg.norm(mean, axis=-1, keepdims=True)
-    votes = votes_of(jnp.float32(q), jnp.float32(k), jnp.ones((1, 40), bool), "soft")
-    assert int(jnp.argmax(votes[0])) == 17
+    got = votes(jnp.float32(q), jnp.float32(k), jnp.ones((1, 40), bool), "soft")
+    assert int(jnp.argmax(got[0])) == 17
 
 
 @pytest.mark.parametrize(("reuse", "selections"), [(1.01, 14), (-1.01, 1)])
