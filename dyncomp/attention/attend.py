@@ -68,16 +68,21 @@ def attend_seen(
     Returns:
       The mixed values (of a query that may see nothing: finite), and how many pairs of each sequence were computed.
     """
-    if k.shape[1] <= SMALL:
-        return _dense(q, k, v, sight)
-    # XLA's CPU compiler has no fast product of bfloat16 matrices with heads between their axes.
+    # XLA's CPU compiler has no fast product of bfloat16 matrices, and for some layouts none.
+    small = k.shape[1] <= SMALL
     blocks = lambda dtype: functools.partial(_blocks, dtype=dtype)
-    default = _dense if q.shape[1] == 1 else blocks(q.dtype.name)
-    return lax.platform_dependent(q, k, v, sight, cpu=blocks("float32"), default=default)
+    default = _dense if small or q.shape[1] == 1 else blocks(q.dtype.name)
+    cpu = _dense_float32 if small else blocks("float32")
+    return lax.platform_dependent(q, k, v, sight, cpu=cpu, default=default)
 
 
 def _dense(q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
     return attend(q, k, v, sight.all()), jnp.int32(q.shape[1] * k.shape[1])
+
+
+def _dense_float32(q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
+    mixed, pairs = _dense(*(x.astype(jnp.float32) for x in (q, k, v)), sight)
+    return mixed.astype(q.dtype), pairs
 
 
 def _forward(q: Array, k: Array, v: Array, sight: Sight):

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from dyncomp.attention import Attention, FullCache, keep_slots, truncate
 from dyncomp.attention.cache import by_token
+from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 
 B, T, D = 2, 7, 8
@@ -101,3 +102,17 @@ def test_kept_slots_move_together():
     for held in by_token(state.keys, state.values):
         assert held[0, :3, 0, 0].tolist() == [0.0, 1.0, 4.0]
         assert held[1, :2, 0, 0].tolist() == [10.0, 13.0]
+
+
+def test_a_bfloat16_cache_of_few_slots():
+    """CPUs have no product of bfloat16 matrices for every layout."""
+    module = Attention(heads=4, kv_heads=2, dtypes=DTypes(param="bfloat16", compute="bfloat16"))
+    x = jax.random.normal(jax.random.key(0), (2, 6, 16), jnp.bfloat16)
+    variables = module.init(jax.random.key(1), x)
+    call = jax.jit(lambda x, cache: module.apply(variables, x, cache=cache))
+    _, aux = call(x[:, :5], module.init_cache(16, 2, 8))
+    y, _ = call(x[:, 5:], aux.cache)
+    whole, _ = module.apply(variables, x)
+    np.testing.assert_allclose(
+        np.float32(y[:, 0]), np.float32(whole[:, 5]), atol=2e-2 * float(jnp.max(jnp.abs(whole)))
+    )
