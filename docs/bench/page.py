@@ -54,6 +54,8 @@ def gpus(result):
     """What `gpus.py`, or the bench of sparse attention, printed on one machine."""
     if "attention" in result:
         return _attention(result)
+    if "models" in result:
+        return _models(result)
     text = f"## {result['gpus']} x {result['gpu']}\n\n`python docs/bench/gpus.py`, jax {result['jax']}.\n"
     return "\n".join([text, *(_exchanges(result) if "layer" in result else _products(result)), ""])
 
@@ -81,6 +83,86 @@ def _attention(result):
             "",
         ]
     )
+
+
+def _models(result):
+    """What `models_gpu.py` printed."""
+    head = (
+        f"## Models on 1 x {result['gpu']}\n\n`python docs/bench/models_gpu.py`, run on the device: "
+        f"jax {result['jax']}, driver {result['driver']}, {result['date']}.\nBackbone: d 2048, "
+        "32 heads of 64 on 8 key/value heads, 32,768 tokens of vocabulary, random weights and tokens.\n"
+    )
+    checked = result["attention"]
+    head += (
+        f"\nAttention by cuDNN in the layer, bfloat16, against the plain form in float32, largest difference of the "
+        f"largest number:\noutputs {checked['outputs']:.4f}, gradients of parameters {checked['gradients']:.4f}.\n"
+    )
+    parts = (("train", _trained), ("experts", _mixtures), ("decode", _decoded), ("exits", _left))
+    return "\n".join([head, *(line for name, told in parts for line in told(result[name])), ""])
+
+
+def _trained(rows):
+    return [
+        "Train steps (AdamW, float32 parameters, bfloat16 arithmetic, 2,048 tokens a row), 16 layers of 8,192 hidden",
+        f"units, {rows[0]['parameters'] / 1e9:.2f} billion parameters; MFU: FLOPs that the plan needs (three forward",
+        "passes, half the square of attention, nothing for recomputation) over seconds and 989 TFLOP/s:\n",
+        "| kept for the backward pass | rows | ms a step | tokens/s | MFU |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {'everything' if row['remat'] == 'none' else 'products'} | {row['batch']} | "
+            f"{1e3 * row['seconds']:.0f} | {row['tokens_a_second']:,.0f} | {row['mfu']:.3f} |"
+            for row in rows
+        ),
+        "",
+    ]
+
+
+def _mixtures(rows):
+    return [
+        "Train steps of four layers, eight experts of 4,096 hidden units (Hopper bank), 8 rows of 2,048 tokens; dense:",
+        "8,192 hidden units. Realised: (seconds dense / seconds) / (FLOPs dense / FLOPs needed). Parameters of all",
+        "experts pass through AdamW, which the dense network spares:\n",
+        "| form | ms a step | tokens/s | FLOPs of dense | realised |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['form']} | {1e3 * row['seconds']:.0f} | {row['tokens_a_second']:,.0f} | "
+            f"{row['flops'] / rows[0]['flops']:.2f} | {row['realised']:.2f} |"
+            for row in rows
+        ),
+        "",
+    ]
+
+
+def _decoded(rows):
+    return [
+        "Greedy decoding in bfloat16, 16 layers as above; share: (bytes of weights and cache / bandwidth) / seconds of",
+        f"a step, bandwidth {rows[0]['bandwidth'] / 1e12:.2f} TB/s as a large matrix-vector product reads:\n",
+        "| batch | context | ms a step | tokens/s | share |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['batch']} | {row['context']} | {1e3 * row['seconds']:.2f} | {row['tokens_a_second']:,.0f} | "
+            f"{row['share']:.2f} |"
+            for row in rows
+        ),
+        "",
+    ]
+
+
+def _left(rows):
+    about = {"wide": "7 blocks, d 256, 50 tokens", "large": "6 blocks, d 1024, 197 tokens"}
+    return [
+        "The host executor of `dyncomp bench exits`, batch 256, confidence, vision transformers in float32, against",
+        "the full network as one program. A decision costs about two milliseconds of launches and waiting:\n",
+        "| network | realised | interval | ms with exits | ms full |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {about[row['id'].split('/')[1]]} | {row['ratio']:.2f} | "
+            f"{' to '.join(map(number, row['interval'] or ()))} | "
+            f"{1e3 * row['median_ours']:.1f} | {1e3 * row['median_peer']:.1f} |"
+            for row in rows
+        ),
+        "",
+    ]
 
 
 def _products(result):

@@ -12,6 +12,7 @@ from flax import linen as nn
 from dyncomp.attention.asked import Asked, Work
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.cache import CacheState, FullCache
+from dyncomp.attention.fused import fused_attention, fused_serves
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.sampled import Sampled
 from dyncomp.attention.sight import Sight
@@ -197,6 +198,11 @@ class Attention(nn.Module):
         if self._sparse_from(t):
             mixed, pairs = self._sparse(q, k, v, sight)
             return mixed, Work(pairs.executed, jnp.broadcast_to(pairs.needed, (b,)))
+        if fused_serves(q, sight, real):
+            # Tiles above the diagonal are skipped; those on it count by their seen half.
+            pairs = t * (t + 1) // 2 if self.causal else t * t
+            mixed = fused_attention(q, k, v, self.causal)
+            return mixed, Work(jnp.int32(pairs), jnp.full((b,), pairs, jnp.int32))
         everything = real is None and sight.visible is None and not self.causal
         mixed = attend(q, k, v, None if everything else sight.all())
         seen = None if self.window is None and sight.visible is None else sight
