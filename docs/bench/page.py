@@ -52,10 +52,10 @@ def section(result):
 
 def gpus(result):
     """What `gpus.py`, or the bench of sparse attention, printed on one machine."""
-    if "attention" in result:
-        return _attention(result)
     if "models" in result:
         return _models(result)
+    if "attention" in result:
+        return _attention(result)
     text = f"## {result['gpus']} x {result['gpu']}\n\n`python docs/bench/gpus.py`, jax {result['jax']}.\n"
     return "\n".join([text, *(_exchanges(result) if "layer" in result else _products(result)), ""])
 
@@ -152,7 +152,8 @@ def _left(rows):
     about = {"wide": "7 blocks, d 256, 50 tokens", "large": "6 blocks, d 1024, 197 tokens"}
     return [
         "The host executor of `dyncomp bench exits`, batch 256, confidence, vision transformers in float32, against",
-        "the full network as one program. A decision costs about two milliseconds of launches and waiting:\n",
+        "the full network as one program. What each decision adds, one to two and a half milliseconds, is launches and",
+        "waiting:\n",
         "| network | realised | interval | ms with exits | ms full |",
         "| --- | --- | --- | --- | --- |",
         *(

@@ -13,6 +13,7 @@ from dyncomp.attention.asked import Asked, Work
 from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.cache import CacheState, FullCache
 from dyncomp.attention.fused import fused_attention, fused_serves
+from dyncomp.attention.local import on_own_heads
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.sampled import Sampled
 from dyncomp.attention.sight import Sight
@@ -263,9 +264,7 @@ class Attention(nn.Module):
         assert self.pattern is not None
         check_factory(self.pattern, "Attention.pattern")
         told = self.get_variable("controls", "pattern")
-        given = () if told is None else (told,)
-        mixed, pairs = self.pattern()(q, k, v, sight, *given)
-        pairs = pairs if isinstance(pairs, Count) else Count(pairs, pairs)
+        mixed, pairs = on_own_heads(self.pattern(), q, k, v, sight, told)
         return mixed, jax.tree.map(lambda x: jnp.round(x).astype(jnp.int32), pairs)
 
     def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:

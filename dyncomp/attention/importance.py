@@ -11,6 +11,7 @@ from jax import lax
 from dyncomp.attention.selection import covering, gathered_first, recent_attention, split_by
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
+from dyncomp_kernels._compat import vary_like
 
 Probe = Literal["recent", "random", "both", "all"]
 Ranking = Literal["normalised", "accumulated", "random"]
@@ -65,7 +66,7 @@ def key_mass(
         weights = recent_attention(part[0], k, part[1], real)
         return mass + jnp.mean(jnp.sum(weights, axis=2), axis=1), None
 
-    blank = jnp.zeros(real.shape, jnp.float32)
+    blank = vary_like(jnp.zeros(real.shape, jnp.float32), q, k, place, real)
     return lax.scan(add, blank, (split(q), split(place)))[0]
 
 

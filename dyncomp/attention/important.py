@@ -72,6 +72,7 @@ class ImportantTokens(Importance):
     """
 
     tile: int = 64
+    heads_together = True
 
     def __call__(
         self, q: Float[Array, "b t h p"], k: Array, v: Array, sight: Sight

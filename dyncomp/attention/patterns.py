@@ -37,7 +37,11 @@ from dyncomp_kernels.sparse_attention.spans import slash_spans
 
 @runtime_checkable
 class Pattern(Protocol):
-    """What `Attention.pattern` makes."""
+    """What `Attention.pattern` makes.
+
+    Under a mesh each device calls it for sequences and heads of its own; ``heads_together = True`` keeps all heads of a
+    sequence on one device.
+    """
 
     def __call__(
         self, q: Float[Array, "b t h p"], k: Array, v: Array, sight: Sight
@@ -229,6 +233,7 @@ class PerHead:
 
     patterns: tuple[Any, ...]
     heads: tuple[int, ...]
+    heads_together = True
 
     def __call__(self, q, k, v, sight):
         """Pattern by pattern, over its heads."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dyncomp_kernels._compat import vary_like
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
 from dyncomp_kernels.sparse_attention.running import LOWEST
 
@@ -92,7 +93,8 @@ def _free(besides: BlockLists | None, columns: Array, blocks: int, heads: int) -
         inside = (columns >= begin) & (columns < begin + besides.columns)
         return free & ~(inside & (at < count)[..., None])
 
-    return lax.fori_loop(0, jnp.max(count), drop, jnp.ones((blocks, *columns.shape), bool))
+    every = vary_like(jnp.ones((blocks, *columns.shape), bool), columns, index, count)
+    return lax.fori_loop(0, jnp.max(count), drop, every)
 
 
 def _of_heads(x: Array, batch: int, heads: int) -> Array:

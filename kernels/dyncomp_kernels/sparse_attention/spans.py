@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dyncomp_kernels._compat import vary_like
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
 
 
@@ -41,6 +42,7 @@ def slash_spans(
         return jnp.where(emitted, begin + size, newest), (begin, emitted)
 
     none = jnp.full((*offsets.shape[:2], blocks), -size, jnp.int32)
+    none = vary_like(none, offsets, count, ends)
     along = (jnp.moveaxis(offsets, -1, 0), jnp.moveaxis(used, -1, 0))
     _, (begins, emitted) = lax.scan(step, none, along)  # [m b h x]
     most = blocks_of(keys, size) + 1
