@@ -1,6 +1,7 @@
-"""Where patterns open their `local_op`."""
+"""Where attention over chosen pairs opens its `local_op`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,3 +47,33 @@ def on_own_heads(
     run = local_op(local, names, (rows[0], counts, counts))
     mixed, needed, executed = run(q, k, v, sight.key_place, *leaves)
     return mixed, Count(jnp.mean(needed), jnp.mean(executed))
+
+
+def heads_apart(fn: Callable[..., Any], *arrays: Array, tables: Any = None) -> tuple[Array, ...]:
+    """``fn(*arrays, tables=tables)`` on each device's own sequences and heads under a mesh; at once on one device.
+
+    Args:
+      fn: returns arrays [b h ...], then needed pairs int32 [b] over the heads it saw, and executed ones, an int.
+      arrays: [b h ...], or [b t] of booleans.
+      tables: pair of [h r p], or None.
+
+    Returns:
+      What ``fn`` returns for all heads.
+    """
+    wide = lambda x: ("batch", None) if x.ndim == 2 else ("batch", "heads", *(None,) * (x.ndim - 2))
+    leaves, treedef = jax.tree.flatten(tables)
+    heads, shapes = (
+        arrays[0].shape[1],
+        jax.eval_shape(lambda *x: fn(*x, tables=tables)[:-2], *arrays),
+    )
+
+    def local(*args: Array) -> tuple[Array, ...]:
+        own, tables = args[: len(arrays)], jax.tree.unflatten(treedef, args[len(arrays) :])
+        *found, needed, executed = fn(*own, tables=tables)
+        each = jnp.full((own[0].shape[0], 1), executed // own[0].shape[1], jnp.int32)
+        return *found, needed[:, None], each
+
+    names = [*map(wide, arrays), *(("heads", None, None) for _ in leaves)]
+    out = (*map(wide, shapes), ("batch", "heads"), ("batch", "heads"))
+    *found, needed, each = local_op(local, names, out)(*arrays, *leaves)
+    return *found, jnp.sum(needed, axis=1, dtype=jnp.int32), heads * each[0, 0]

@@ -1,5 +1,6 @@
 """Routing attention on the mixer seam: tokens attend within clusters of similar queries."""
 
+import functools
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from dyncomp.attention.clusters import (
     newest_members,
 )
 from dyncomp.attention.kmeans import KMeans, standardised
+from dyncomp.attention.local import heads_apart
 from dyncomp.core.aux import Aux, Count, count
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
@@ -144,11 +146,13 @@ class RoutedAttention(nn.Module):
             searched = cache.positions.shape[1]
             rows = rows if rows == 1 else searched
         elif self.membership == "nearest":
-            mixed, *pairs = attend_nearest(q, v, nearest, real, self.members, tables)
+            run = functools.partial(_nearest, w=self.members)
+            given = (q, v, nearest) if real is None else (q, v, nearest, real)
+            mixed, *pairs = heads_apart(run, *given, tables=tables)
         else:
             members, kept = best_members(scores, real, self.members)
-            words = {"causal": self.causal, "eps": self.eps, "tables": tables}
-            mixed, joined, *pairs = attend_best(q, v, members, kept, **words)
+            run = functools.partial(attend_best, causal=self.causal, eps=self.eps)
+            mixed, joined, *pairs = heads_apart(run, q, v, members, kept, tables=tables)
             rows, searched = kept[0, 0].size, searched * self.clusters
         if real is not None:
             joined = jnp.where(real[:, None], joined, 0)
@@ -256,6 +260,10 @@ class RoutedAttention(nn.Module):
                 "RoutedAttention: membership='best' chooses by the whole sequence, so it cannot decode;"
                 " use membership='nearest'"
             )
+
+
+def _nearest(q, v, nearest, real=None, *, w, tables):
+    return attend_nearest(q, v, nearest, real, w, tables)
 
 
 def _figures(nearest: Array, joined: Array, real: Array | None, clusters: int) -> dict[str, Array]:

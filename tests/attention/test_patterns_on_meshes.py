@@ -13,6 +13,7 @@ from dyncomp.attention import (
     Attention,
     ImportantTokens,
     PerHead,
+    RoutedAttention,
     TopBlocks,
     VerticalSlash,
 )
@@ -54,3 +55,23 @@ def test_four_devices_do_as_one(name, mesh):
     jax.tree.map(near, theirs, grads)
     if name != "important":  # rounds up the mean of those it computes
         jax.tree.map(np.testing.assert_array_equal, others, events)
+
+
+@pytest.mark.parametrize("membership", ["nearest", "best"])
+def test_clusters_on_four_devices(membership):
+    layer = RoutedAttention(heads=4, clusters=3, members=8, membership=membership)
+    x = jax.random.normal(jax.random.key(0), (4, 40, 16))
+    variables = layer.init(jax.random.key(1), x[:1])
+
+    def loss(params):
+        y, aux = layer.apply({**variables, "params": params}, x)
+        return jnp.sum(jnp.sin(y)), (y, aux.events)
+
+    call = lambda: jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    grads, (y, events) = call()
+    with use(MeshSpec(data=2, tensor=2).build()):
+        theirs, (z, others) = call()
+    np.testing.assert_allclose(z, y, atol=2e-6)
+    near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    jax.tree.map(near, theirs, grads)
+    jax.tree.map(np.testing.assert_array_equal, others, events)
