@@ -81,7 +81,8 @@ def _dense(q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
 
 
 def _dense_float32(q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
-    mixed, pairs = _dense(*(x.astype(jnp.float32) for x in (q, k, v)), sight)
+    wide = lambda x: x.astype(jnp.float32)
+    mixed, pairs = _dense(wide(q), wide(k), wide(v), sight)
     return mixed.astype(q.dtype), pairs
 
 
