@@ -14,6 +14,8 @@ from dyncomp.evidence.seed import PINNED
 
 MARK = "dyncomp-result "
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+PLAIN_ERRORS = {"JAX_TRACEBACK_FILTERING": "off"}
+"""So that the last line is the error's, not a remark about frames."""
 
 
 def call(target: str, arguments: Mapping[str, Any], *, pinned: bool = False) -> Any:
@@ -30,7 +32,7 @@ def call(target: str, arguments: Mapping[str, Any], *, pinned: bool = False) -> 
       DyncompError: the process failed; the message ends with its last line.
     """
     words = [sys.executable, "-m", __name__, target, json.dumps(dict(arguments))]
-    env = {**os.environ, **NO_CACHE, **(PINNED if pinned else {})}
+    env = {**os.environ, **NO_CACHE, **PLAIN_ERRORS, **(PINNED if pinned else {})}
     done = subprocess.run([*words, *["--pinned"][: int(pinned)]], env=env, capture_output=True)
     lines = done.stdout.decode(errors="replace").splitlines()
     found = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]

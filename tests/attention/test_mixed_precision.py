@@ -16,6 +16,7 @@ from dyncomp.attention import (
     cache_bytes,
     truncate,
 )
+from dyncomp.attention.cache import by_token
 from dyncomp.attention.two_ended import TwoEnded
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
@@ -117,10 +118,11 @@ def test_the_sparse_prompt_is_the_pattern():
 def test_numbers_come_back_bit_for_bit_without_quantisers():
     _, aux = layer("exact").prompt()
     _, other = layer("full").prompt()
+    plain = by_token(other.cache.keys, other.cache.values)
     for row in range(B):
         found = []
         for keys, values, at, places in rows_of(aux.cache, row):
-            for packed, exact in ((keys, other.cache.keys), (values, other.cache.values)):
+            for packed, exact in zip((keys, values), plain, strict=True):
                 own = np.swapaxes(np.asarray(packed.codes[row]), 0, 1)[at]
                 np.testing.assert_array_equal(own, exact[row, places])
             found += list(places)
@@ -189,14 +191,18 @@ def test_quantised_slots_are_read_as_they_were_packed():
     """Decoding reads exactly the dequantised numbers: FullCache with those in place gives the same."""
     _, aux = layer("packed").prompt()
     _, other = layer("full").prompt()
-    keys, values = np.array(other.cache.keys), np.array(other.cache.values)
+    keys, values = map(np.array, by_token(other.cache.keys, other.cache.values))
     for row in range(B):
         for k, v, at, places in rows_of(aux.cache, row):
             for whole, packed in ((keys, k), (values, v)):
                 whole[row, places] = np.swapaxes(packed.whole()[row], 0, 1)[at]
     full = other.cache
     full = type(full)(
-        jnp.asarray(keys), jnp.asarray(values), full.positions, full.length, full.policy
+        jnp.transpose(keys, (0, 2, 3, 1)),
+        jnp.swapaxes(values, 1, 2),
+        full.positions,
+        full.length,
+        full.policy,
     )
     new = layer("packed").x[:, T : T + 1], np.full((B, 1), T)
     got, _ = layer("packed").call(*new, cache=aux.cache)
