@@ -23,7 +23,8 @@ class Asked:
       positions: int32 [#b t], what positions are made of (RoPE).
       place: int32 [t], where the new positions stand in the order of slots.
       real: bool [b t], False for padding; None where there is none.
-      turn: (x [b n heads p], positions [#b n]) -> x with its positions.
+      turn: (x [b n heads p], positions [#b n], most=None) -> x with its positions; ``most`` says that all of them are
+        in [0, most), which is cheaper for many.
       mix: (q, k, v, key_place [b s], **more) -> (mixed, pairs): attention as the mixer would do it without a policy:
         causal by places, its window, its tree, its pattern. ``more`` is what `Sight` takes, ``place`` included.
       plain: the mixer is causal, with no window and no tree of its own.
@@ -36,7 +37,7 @@ class Asked:
     positions: Int[Array, "#b t"]
     place: Int[Array, "t"]
     real: Bool[Array, "b t"] | None
-    turn: Callable[[Array, Array], Array]
+    turn: Callable[..., Array]
     mix: Callable[..., tuple[Array, Array]]
     plain: bool = True
     below: Mapping[str, Array] | None = None

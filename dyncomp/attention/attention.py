@@ -14,7 +14,7 @@ from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.cache import CacheState, FullCache
 from dyncomp.attention.fused import fused_attention, fused_serves
 from dyncomp.attention.local import on_own_heads
-from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
+from dyncomp.attention.rope import RopeScaling, rope_angles, rotate, rotate_below
 from dyncomp.attention.sampled import Sampled
 from dyncomp.attention.sight import Sight
 from dyncomp.core.aux import Aux, Count, count
@@ -272,11 +272,15 @@ class Attention(nn.Module):
             return q, k
         return self._head_norm(q, "q_norm"), self._head_norm(k, "k_norm")
 
-    def _turn(self, x: Float[Array, "b n k p"], positions: Int[Array, "#b n"]) -> Array:
-        """With positions."""
+    def _turn(
+        self, x: Float[Array, "b n k p"], positions: Int[Array, "#b n"], most: int | None = None
+    ) -> Array:
+        """With positions; ``most``: all of them are in [0, most)."""
         if self.rope_theta is None:
             return x
         scaling = self.rope_scaling
+        if most is not None:
+            return rotate_below(x, positions, most, self.rope_theta, scaling)
         angles = rope_angles(positions, x.shape[-1], self.rope_theta, scaling)
         return rotate(x, angles, 1.0 if scaling is None else scaling.amplitude)
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -125,8 +126,30 @@ def rotate(
     x: Float[Array, "b t h p"], angles: Float[Array, "#b t q"], amplitude: float = 1.0
 ) -> Float[Array, "b t h p"]:
     """Rotates element i with element i + p/2 of each head by ``angles``; float32 inside, returns ``x.dtype``."""
+    return _turned(x, jnp.cos(angles), jnp.sin(angles), amplitude)
+
+
+def rotate_below(
+    x: Float[Array, "b n h p"],
+    positions: Int[Array, "#b n"],
+    most: int,
+    theta: float = 10_000.0,
+    scaling: RopeScaling | None = None,
+) -> Float[Array, "b n h p"]:
+    """`rotate` by the angles of positions in [0, ``most``), whose sines and cosines are constants of the program.
+
+    For many keys that are turned in every step: sines would cost more than attention.
+    """
+    with jax.ensure_compile_time_eval():
+        angles = rope_angles(jnp.arange(most), x.shape[-1], theta, scaling)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+    amplitude = 1.0 if scaling is None else scaling.amplitude
+    return _turned(x, *(jnp.take(y, positions, axis=0, mode="clip") for y in (cos, sin)), amplitude)
+
+
+def _turned(x: Array, cos: Array, sin: Array, amplitude: float) -> Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     if amplitude != 1.0:
         cos, sin = cos * jnp.float32(amplitude), sin * jnp.float32(amplitude)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -172,13 +172,14 @@ class TokenSelection:
         slots, seen = self._list(cache, positions, count, t)
         keys, values = (_listed(x, slots) for x in (cache.keys, cache.values))
         rank = jnp.take_along_axis(ranks, slots, axis=1, mode="clip")
-        own = _own_ranks(asked, positions)
+        own, most = _own_ranks(asked, positions), None
         if self.compact:
+            most = slots.shape[1]
             end = jnp.sum(seen, axis=1, dtype=jnp.int32)[:, None]
             rank = jnp.cumsum(seen, axis=1, dtype=jnp.int32) - 1
             own = end - (count[:, None] - own)
         q = asked.turn(asked.q, jnp.maximum(own, 0))
-        keys = asked.turn(keys.astype(q.dtype), jnp.maximum(rank, 0))
+        keys = asked.turn(keys.astype(q.dtype), jnp.maximum(rank, 0), most)
         place = jnp.take_along_axis(positions, slots, axis=1, mode="clip")
         allowed = seen[:, None] & (place[:, None] <= asked.place[None, :, None])
         mixed = attend(q, keys, values.astype(q.dtype), allowed)

@@ -1,6 +1,7 @@
 """Rows of `dyncomp bench attention` on a whole model: prefill under a pattern, decode under cache policies."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyncomp.attention import FullCache, SinkWindow, TokenSelection, VerticalSlash, attend_seen
+from dyncomp import models, pretrained
+from dyncomp.attention import FullCache, SinkWindow, TokenSelection, VerticalSlash
 from dyncomp.attention.sight import Sight
 from dyncomp.bench import fresh, generate_peer, timing
 from dyncomp.decoding import FullDepth, Generator
 from dyncomp.models import with_mixer
+from dyncomp.tasks.long_text import draw
 
 CONTEXT, BUDGET, GOAL, STEPS, PAIRS = 8192, 512, 0.7, 4, 20
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -28,15 +31,16 @@ REALISED = (
     "(seconds of a step with the full cache / seconds) / (bytes with the full cache / bytes); batch 1, {s} tokens, {n}"
     " read; bytes are weights, keys scored and keys and values read; {case}"
 )
-PREFILL = "seconds of dense prefill / seconds with a vertical-slash pattern in every head, indices built; {s} tokens"
-CROSSING = "seconds of dense attention / seconds of a vertical-slash pattern, one layer, indices built; {s} tokens"
+PREFILL = (
+    "seconds of dense prefill / seconds with a vertical-slash pattern in every head, indices built; {s} tokens, of"
+    " Python source where the weights are real"
+)
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Prefill, where patterns begin to pay, decode."""
+    """Prefill at several lengths, which says where patterns begin to pay, and decode."""
     lengths = (256,) if quick else LENGTHS
-    found = [_crossing(length, quick) for length in lengths]
-    found.append(_prefill(lengths[-1], quick))
+    found = [_prefill(length, quick) for length in lengths]
     cases = ("selection",) if quick else tuple(POLICIES)
     return found + [_decode(case, 256 if quick else CONTEXT, quick) for case in cases]
 
@@ -117,33 +121,9 @@ def _decode(case: str, context: int, quick: bool) -> dict[str, Any]:
     )
 
 
-def crossing(length: int, turns: int) -> dict[str, Any]:
-    """Pairs of seconds of one layer's attention: ours under the pattern, dense."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, length, n, 64)), jnp.float32) for n in (9, 3, 3))
-    place = jnp.arange(length, dtype=jnp.int32)
-    sight, pattern = Sight(place, place[None]), VerticalSlash(**PATTERN)
-    sparse = jax.jit(lambda q, k, v: pattern(q, k, v, sight)[0])
-    dense = jax.jit(lambda q, k, v: attend_seen(q, k, v, sight)[0])
-    call = lambda fn: lambda: jax.block_until_ready(fn(q, k, v))
-    return {"pairs": vars(timing.interleaved(call(sparse), call(dense), turns))}
-
-
-def _crossing(length: int, quick: bool) -> dict[str, Any]:
-    words = {"length": length, "turns": 2 if quick else 12}
-    pairs = timing.Pairs(**fresh.call(f"{__name__}:crossing", words)["pairs"])
-    ratio, interval = timing.median_interval([1 / r for r in pairs.ratios()])
-    ours, peer = pairs.seconds()
-    return timing.row(
-        f"attention/crossing/{length}", ratio, interval, reference=CROSSING.format(s=length),
-        runs=len(pairs.ours), peer="dense", median_ours=ours, median_peer=peer,
-    )  # fmt: skip
-
-
 def prefill(length: int, quick: bool, turns: int) -> dict[str, Any]:
     """Pairs of seconds of a whole prompt, and seconds of a layer's parts."""
-    model, variables = generate_peer.subject("float32", quick)
-    tokens = jnp.asarray(generate_peer.prompt(model.vocab_size, 1, length))
+    model, variables, tokens = text(length, quick)
     pattern = functools.partial(VerticalSlash, **PATTERN)
     forms = {"dense": model, "pattern": with_mixer(model, pattern=pattern)}
     calls = {}
@@ -157,19 +137,27 @@ def prefill(length: int, quick: bool, turns: int) -> dict[str, Any]:
 
         calls[name] = lambda call=call: jax.block_until_ready(call(variables, tokens))
     pairs = timing.interleaved(calls["pattern"], calls["dense"], turns, warm_up=1)
-    return {"pairs": vars(pairs), "parts": parts(length, model)}
+    return {"pairs": vars(pairs), "parts": parts(length, model, variables, tokens)}
 
 
-def parts(length: int, model: Any) -> dict[str, float]:
-    """Milliseconds of one layer: choosing indices, and all of the pattern."""
-    heads, kv_heads, width = (
-        model.groups[0].blocks[0](parent=None).mixer(parent=None).sizes(model.d_model)
+def text(length: int, quick: bool) -> tuple[Any, Any, Any]:
+    """Model, variables and a prompt [1 t]: Python source for real weights, else random tokens."""
+    model, variables = generate_peer.subject("float32", quick)
+    path = pretrained.smollm2()
+    if quick or path is None:
+        return model, variables, jnp.asarray(generate_peer.prompt(model.vocab_size, 1, length))
+    tokenizer = pretrained.load(path).tokenizer
+    return (
+        model,
+        variables,
+        jnp.asarray([draw(tokenizer, "code", length, np.random.default_rng(0))]),
     )
-    rng = np.random.default_rng(0)
-    shape = lambda n: (1, length, n, width)
-    q, k, v = (
-        jnp.asarray(rng.normal(size=shape(n)), jnp.float32) for n in (heads, kv_heads, kv_heads)
-    )
+
+
+def parts(length: int, model: Any, variables: Any, tokens: Any) -> dict[str, float]:
+    """Of the middle layer: milliseconds of choosing indices and of all of the pattern, and the share of tiles read."""
+    middle = model.depth // 2
+    q, k, v = next(itertools.islice(models.read_heads(model, variables, tokens), middle, None))
     place = jnp.arange(length, dtype=jnp.int32)
     sight, pattern = Sight(place, place[None]), VerticalSlash(**PATTERN)
     steps = {
@@ -183,6 +171,8 @@ def parts(length: int, model: Any) -> dict[str, float]:
         for _ in range(3):
             jax.block_until_ready(step(q, k, v))
         found[f"{name}_ms"] = 1e3 * (time.perf_counter() - begin) / 3
+    tiles, blocks = steps["choose"](q, k, v).tiles(), -(-length // pattern.tile)
+    found["tiles"] = float(np.mean(np.asarray(tiles)) / (blocks * (blocks + 1) / 2))
     return found
 
 

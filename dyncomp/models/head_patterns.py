@@ -30,6 +30,9 @@ KINDS = {
 }  # fmt: skip
 """Patterns a file may name."""
 
+CROSSOVER = 4096
+"""Tokens of a prompt from which patterns pay on two CPU cores (attention/prefill in docs/benchmarks.md)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadPatterns:
@@ -153,9 +156,11 @@ def search_patterns(
 
 
 def with_patterns(
-    model: DecoderLM, variables: Variables, found: HeadPatterns, pattern_from: int = 2
+    model: DecoderLM, variables: Variables, found: HeadPatterns, pattern_from: int = CROSSOVER
 ) -> tuple[DecoderLM, Variables]:
     """The model whose heads prefill by their patterns, and its variables; other ``heads`` compile nothing.
+
+    Passes of fewer than ``pattern_from`` positions stay dense: there that is faster.
 
     Raises:
       DyncompError: not as many rows as blocks.
