@@ -142,16 +142,13 @@ def prefill(length: int, quick: bool, turns: int) -> dict[str, Any]:
 
 def text(length: int, quick: bool) -> tuple[Any, Any, Any]:
     """Model, variables and a prompt [1 t]: Python source for real weights, else random tokens."""
-    model, variables = generate_peer.subject("float32", quick)
     path = pretrained.smollm2()
     if quick or path is None:
+        model, variables = generate_peer.subject("float32", quick)
         return model, variables, jnp.asarray(generate_peer.prompt(model.vocab_size, 1, length))
-    tokenizer = pretrained.load(path).tokenizer
-    return (
-        model,
-        variables,
-        jnp.asarray([draw(tokenizer, "code", length, np.random.default_rng(0))]),
-    )
+    loaded = pretrained.load(path, layers="unroll")
+    tokens = draw(loaded.tokenizer, "code", length, np.random.default_rng(0))
+    return loaded.model, models.unstack(loaded.variables), jnp.asarray([tokens], jnp.int32)
 
 
 def parts(length: int, model: Any, variables: Any, tokens: Any) -> dict[str, float]:
