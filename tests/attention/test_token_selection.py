@@ -149,7 +149,7 @@ def test_no_position_exceeds_the_list(monkeypatch):
     module, variables, x = layer(sink=2, top=5, local=4)
     highest = []
     turn = Attention._turn
-    watch = lambda self, y, at: (highest.append(jnp.max(at)), turn(self, y, at))[1]
+    watch = lambda self, y, at, most=None: (highest.append(jnp.max(at)), turn(self, y, at, most))[1]
     _, aux = module.apply(variables, x[:, :25], cache=module.init_cache(D, 1, 32))
     monkeypatch.setattr(Attention, "_turn", watch)
     module.apply(variables, x[:, 25:], cache=aux.cache)
