@@ -144,7 +144,8 @@ def rotate_below(
         angles = rope_angles(jnp.arange(most), x.shape[-1], theta, scaling)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
     amplitude = 1.0 if scaling is None else scaling.amplitude
-    return _turned(x, *(jnp.take(y, positions, axis=0, mode="clip") for y in (cos, sin)), amplitude)
+    own = lambda table: jnp.take(table, positions, axis=0, mode="clip")
+    return _turned(x, own(cos), own(sin), amplitude)
 
 
 def _turned(x: Array, cos: Array, sin: Array, amplitude: float) -> Array:
