@@ -29,6 +29,15 @@ def line(row):
     return "| " + " | ".join(cells) + f" | {row['runs']} |"
 
 
+def other_revisions(rows):
+    """Says which rows were measured at another revision than the rest."""
+    found = {}
+    for row in rows:
+        if "revision" in row:
+            found.setdefault(row["revision"][:12], []).append(f"`{row['id']}`")
+    return [f"\nMeasured at revision {name}: {', '.join(ids)}." for name, ids in found.items()]
+
+
 def section(result):
     """A bench: where it ran, its rows, what the ratios are."""
     made = result["environment"]
@@ -43,6 +52,7 @@ def section(result):
             "| row | ratio | interval | asked | verdict | runs |",
             "| --- | --- | --- | --- | --- | --- |",
             *map(line, result["rows"]),
+            *other_revisions(result["rows"]),
             "\nRatios:",
             *(f"- {reference}" for reference in references),
             "",
@@ -88,7 +98,7 @@ def _attention(result):
 def _models(result):
     """What `models_gpu.py` printed."""
     head = (
-        f"## Models on 1 x {result['gpu']}\n\n`python docs/bench/models_gpu.py`, run on the device: "
+        f"## Models on 1 x {result['gpu']}\n\n`python docs/bench/models_gpu.py`, run on the device part by part: "
         f"jax {result['jax']}, driver {result['driver']}, {result['date']}.\nBackbone: d 2048, "
         "32 heads of 64 on 8 key/value heads, 32,768 tokens of vocabulary, random weights and tokens.\n"
     )
@@ -152,8 +162,7 @@ def _left(rows):
     about = {"wide": "7 blocks, d 256, 50 tokens", "large": "6 blocks, d 1024, 197 tokens"}
     return [
         "The host executor of `dyncomp bench exits`, batch 256, confidence, vision transformers in float32, against",
-        "the full network as one program. What each decision adds, one to two and a half milliseconds, is launches and",
-        "waiting:\n",
+        "the full network as one program:\n",
         "| network | realised | interval | ms with exits | ms full |",
         "| --- | --- | --- | --- | --- |",
         *(

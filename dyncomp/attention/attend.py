@@ -15,7 +15,7 @@ ROWS, KEYS = 256, 512
 """Queries and slots of a block: its scores for nine heads stay within a core's cache."""
 
 MOST = 0.5
-"""Share of a cache's slots from which a single query takes all of them in one product, on all cores, on CPUs."""
+"""Share of a cache's slots from which a single query takes all of them in one product, on CPUs."""
 
 SMALL = 128
 """Slots up to which one dense product is taken: there loops cost more to compile than they save."""
@@ -147,7 +147,7 @@ def _one_query(
 ) -> tuple[Float[Array, "b g n p"], Int[Array, ""]]:
     """`_one_block` for one query a sequence, over all slots at once where it sees `MOST` of them.
 
-    XLA's CPU compiler runs products in a loop on one core, and others on all.
+    Products outside a loop are the faster ones there.
     """
     slots = v.shape[2]
     first, past = sight.reach(0, 1, min(slots, KEYS))

@@ -139,9 +139,9 @@ class FullCache:
         """
         k, place = newcomers(cache, k, mask, self.max_length)
         at = cache.length
-        keys = _write(cache.keys, jnp.transpose(k, (0, 2, 3, 1)), at, 3)
-        values = _write(cache.values, jnp.swapaxes(v, 1, 2), at, 2)
-        positions = _write(cache.positions, place, at, 1)
+        keys = write_slots(cache.keys, jnp.transpose(k, (0, 2, 3, 1)), at, 3)
+        values = write_slots(cache.values, jnp.swapaxes(v, 1, 2), at, 2)
+        positions = write_slots(cache.positions, place, at, 1)
         state = KVCache(keys, values, positions, at + k.shape[1], self)
         return state, *by_token(keys, values), positions
 
@@ -154,8 +154,7 @@ class FullCache:
 
     def truncate(self, cache: KVCache, length: Int[Array, ""] | Int[Array, "b"]) -> KVCache:
         """They are written again."""
-        place = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None]
-        positions = jnp.where(place < jnp.reshape(length, (-1, 1)), cache.positions, -1)
+        positions = positions_before(cache, length)
         return KVCache(cache.keys, cache.values, positions, jnp.max(length), cache.policy)
 
 
@@ -199,7 +198,7 @@ def replace_newest(cache: KVCache, source: KVCache, rows: Bool[Array, "b"]) -> K
     def merged(own: Array, other: Array, axis: int) -> Array:
         new, old = _slot(other, source.length - 1, axis), _slot(own, cache.length - 1, axis)
         chosen = jnp.where(rows[:, None, None, None], new, old)
-        return _write(own, chosen, cache.length - 1, axis)
+        return write_slots(own, chosen, cache.length - 1, axis)
 
     keys, values = merged(cache.keys, source.keys, 3), merged(cache.values, source.values, 2)
     return KVCache(keys, values, cache.positions, cache.length, cache.policy)
@@ -226,10 +225,10 @@ def keep_slots(cache: KVCache, start: Int[Array, ""], slots: Int[Array, "b p"]) 
 
     def moved(x: Array, axis: int) -> Array:
         index = jnp.expand_dims(from_, [n for n in (1, 2, 3) if n != axis])
-        return _write(x, jnp.take_along_axis(x, index, axis=axis), start, axis)
+        return write_slots(x, jnp.take_along_axis(x, index, axis=axis), start, axis)
 
     place = start + jnp.arange(p, dtype=jnp.int32)
-    positions = _write(cache.positions, jnp.where(kept, place[None], -1), start, 1)
+    positions = write_slots(cache.positions, jnp.where(kept, place[None], -1), start, 1)
     state = KVCache(
         moved(cache.keys, 3), moved(cache.values, 2), positions, cache.length, cache.policy
     )
@@ -240,5 +239,12 @@ def _slot(x: Array, at: Int[Array, ""], axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, at, 1, axis=axis)
 
 
-def _write(x: Array, new: Array, at: Int[Array, ""], axis: int) -> Array:
+def positions_before(cache: Any, length: Int[Array, ""] | Int[Array, "b"]) -> Int[Array, "b s"]:
+    """``cache.positions`` without the slots from ``length`` on; slots lie in the order of their places."""
+    slot = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(slot < jnp.reshape(length, (-1, 1)), cache.positions, -1)
+
+
+def write_slots(x: Array, new: Array, at: Int[Array, ""], axis: int) -> Array:
+    """``x`` with ``new`` from slot ``at`` of ``axis`` on, in place where it is donated."""
     return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), at, axis)

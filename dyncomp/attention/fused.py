@@ -12,10 +12,7 @@ WIDTHS = (8, 128)
 
 
 def fused_serves(q: Array, sight: Sight, real: Array | None) -> bool:
-    """Whether cuDNN can do it: 16-bit numbers, no padding, no window, no tree, and a GPU is the default device.
-
-    Left to right, padding on the right would hide itself, but no one says here where it lies.
-    """
+    """Whether cuDNN can do it: 16-bit numbers, no padding mask, no window, no tree; a GPU is the default device."""
     plain = real is None and sight.window is None and sight.visible is None
     multiple, most = WIDTHS
     fits = q.shape[-1] % multiple == 0 and q.shape[-1] <= most and q.dtype in FLOATS

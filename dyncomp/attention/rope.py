@@ -138,7 +138,7 @@ def rotate_below(
 ) -> Float[Array, "b n h p"]:
     """`rotate` by the angles of positions in [0, ``most``), whose sines and cosines are constants of the program.
 
-    For many keys that are turned in every step: sines would cost more than attention.
+    For many keys that are turned in every step.
     """
     with jax.ensure_compile_time_eval():
         angles = rope_angles(jnp.arange(most), x.shape[-1], theta, scaling)

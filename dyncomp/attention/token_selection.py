@@ -11,7 +11,7 @@ from jax import lax
 
 from dyncomp.attention.asked import Asked, Work, in_chunks
 from dyncomp.attention.attend import attend
-from dyncomp.attention.cache import CacheState, newcomers
+from dyncomp.attention.cache import CacheState, newcomers, positions_before, write_slots
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
 
@@ -124,8 +124,7 @@ class TokenSelection:
 
     def truncate(self, cache: Selecting, length: Int[Array, ""] | Int[Array, "b"]) -> Selecting:
         """They are written again; a selection that knew them is void."""
-        slot = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None]
-        positions = jnp.where(slot < jnp.reshape(length, (-1, 1)), cache.positions, -1)
+        positions = positions_before(cache, length)
         cut = dataclasses.replace(cache, positions=positions, length=jnp.max(length))
         since = jnp.where(cache.since > cut.seen(), -1, cache.since)
         return dataclasses.replace(cut, since=since)
@@ -144,15 +143,13 @@ class TokenSelection:
     def _extended(self, cache: Selecting, asked: Asked) -> Selecting:
         """With the new tokens' keys; what positions these get is decided where they are read."""
         k, place = newcomers(cache, asked.k, asked.real, self.max_length)
-        write = lambda x, new, axis: lax.dynamic_update_slice_in_dim(
-            x, new.astype(x.dtype), cache.length, axis
-        )
+        at = cache.length
         return dataclasses.replace(
             cache,
-            keys=write(cache.keys, jnp.swapaxes(k, 1, 2), 2),
-            values=write(cache.values, jnp.swapaxes(asked.v, 1, 2), 2),
-            positions=write(cache.positions, place, 1),
-            length=cache.length + k.shape[1],
+            keys=write_slots(cache.keys, jnp.swapaxes(k, 1, 2), at, 2),
+            values=write_slots(cache.values, jnp.swapaxes(asked.v, 1, 2), at, 2),
+            positions=write_slots(cache.positions, place, at, 1),
+            length=at + k.shape[1],
         )
 
     def _densely(self, cache: Selecting, asked: Asked) -> tuple[Array, Work]:
