@@ -29,15 +29,6 @@ def line(row):
     return "| " + " | ".join(cells) + f" | {row['runs']} |"
 
 
-def other_revisions(rows):
-    """Says which rows were measured at another revision than the rest."""
-    found = {}
-    for row in rows:
-        if "revision" in row:
-            found.setdefault(row["revision"][:12], []).append(f"`{row['id']}`")
-    return [f"\nMeasured at revision {name}: {', '.join(ids)}." for name, ids in found.items()]
-
-
 def section(result):
     """A bench: where it ran, its rows, what the ratios are."""
     made = result["environment"]
@@ -52,7 +43,6 @@ def section(result):
             "| row | ratio | interval | asked | verdict | runs |",
             "| --- | --- | --- | --- | --- | --- |",
             *map(line, result["rows"]),
-            *other_revisions(result["rows"]),
             "\nRatios:",
             *(f"- {reference}" for reference in references),
             "",
