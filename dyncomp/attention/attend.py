@@ -17,6 +17,9 @@ ROWS, KEYS = 256, 512
 MOST = 0.5
 """Share of a cache's slots from which a single query takes all of them in one product, on CPUs."""
 
+APART = 8
+"""Query heads of a key/value head up to which each has products of its own."""
+
 SMALL = 128
 """Slots up to which one dense product is taken: there loops cost more to compile than they save."""
 
@@ -147,17 +150,30 @@ def _one_query(
 ) -> tuple[Float[Array, "b g n p"], Int[Array, ""]]:
     """`_one_block` for one query a sequence, over all slots at once where it sees `MOST` of them.
 
-    Products outside a loop are the faster ones there.
+    Products outside a loop are the faster ones there, and those of one vector the fastest.
     """
     slots = v.shape[2]
     first, past = sight.reach(0, 1, min(slots, KEYS))
 
     def all_slots(k: Array, v: Array) -> tuple[Array, Array]:
-        state = _add(Running.blank(q.shape), q, k, v, sight.all())
-        return state.mixed / state.total[..., None], jnp.int32(slots)
+        scores = _each_row(q, k)
+        weights = jax.nn.softmax(jnp.where(sight.all()[:, None], scores, LOWEST), axis=-1)
+        return _each_row(weights, v), jnp.int32(slots)
 
     blocks = lambda k, v: _one_block(q, k, v, sight, jnp.int32(0), 1)
     return lax.cond((past - first) * KEYS >= MOST * slots, all_slots, blocks, k, v)
+
+
+def _each_row(
+    rows: Float[Array, "b g n k"], matrix: Float[Array, "b g k m"]
+) -> Float[Array, "b g n m"]:
+    """Rows times matrices, float32; up to `APART` rows each by itself, which then all run at the memory's speed."""
+    whole = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if rows.shape[2] > APART:
+        return whole("bgnk,bgkm->bgnm", rows, matrix)
+    return jnp.stack(
+        [whole("bgk,bgkm->bgm", row, matrix) for row in jnp.moveaxis(rows, 2, 0)], axis=2
+    )
 
 
 def _one_block(

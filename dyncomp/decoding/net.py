@@ -1,7 +1,6 @@
 """A language model and its weights as pure functions of arrays, the way the decode loop wants them."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +26,9 @@ class Net:
     model: DecoderLM
     variables: Variables
 
-    @functools.cached_property
-    def _ready(self) -> Variables:
-        """As the model wants them."""
-        return {**self.variables, "params": packing.unpacked(self.variables["params"])}
+    def _apply(self, method: str, *args: Any) -> Any:
+        with packing.told(self.variables["params"]) as params:
+            return self.model.apply({**self.variables, "params": params}, *args, method=method)
 
     def hidden(
         self,
@@ -42,7 +40,7 @@ class Net:
     ) -> tuple[Float[Array, "b t d"], Any]:
         """The last block's output and all side results."""
         args = tokens, mask, positions, cache, False, capture
-        return self.model.apply(self._ready, *args, method="hidden")  # type: ignore[return-value]
+        return self._apply("hidden", *args)
 
     def embed(
         self,
@@ -51,8 +49,7 @@ class Net:
         vectors: Float[Array, "#b t d"] | None = None,
     ) -> Float[Array, "b t d"]:
         """What the first block reads; ``vectors`` stand for tokens below 0 (`DecoderLM.embed`)."""
-        args = tokens, positions, vectors
-        return self.model.apply(self._ready, *args, method="embed")  # type: ignore[return-value]
+        return self._apply("embed", tokens, positions, vectors)
 
     def block(
         self,
@@ -65,13 +62,12 @@ class Net:
     ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
         """Block ``index`` alone: its output, its extended cache and its events."""
         args = index, x, positions, mask, cache, visible
-        out: Any = self.model.apply(self._ready, *args, method="run_block")
-        y, aux = out
+        y, aux = self._apply("run_block", *args)
         return y, aux.cache, aux.events
 
     def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Final norm and output projection: float32 logits."""
-        return self.model.apply(self._ready, x, method="classify")  # type: ignore[return-value]
+        return self._apply("classify", x)
 
 
 def separate(model: DecoderLM, variables: Variables) -> tuple[DecoderLM, Variables]:
@@ -85,7 +81,7 @@ def separate(model: DecoderLM, variables: Variables) -> tuple[DecoderLM, Variabl
     own = nn.meta.unbox(variables)
     if is_stacked(own):
         own = jax.jit(unstack)(own)
-    if packing.worthwhile(own["params"]):
+    if packing.worthwhile():
         own = {**own, "params": jax.jit(packing.pack)(own["params"])}
     return model.clone(layers="unroll"), own
 

@@ -1,14 +1,15 @@
-"""Weights laid out for decoding: what is contracted lies last in memory, as streaming one row through them wants it."""
+"""Weights laid out for decoding: what is contracted lies last in memory (`dyncomp_kernels.dense_matmul` tells why)."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dyncomp.core.typing import Array
+from dyncomp_kernels.dense_matmul.api import weights_transposed
 
 CONTRACTED = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
 """How many leading axes of a parameter of a decoder are contracted, by its name."""
@@ -23,14 +24,13 @@ class Packed:
       shape: the parameter's own (static).
     """
 
-    matrix: Array
+    matrix: Any
     shape: tuple[int, ...] = struct.field(pytree_node=False)
 
 
-def worthwhile(params: Mapping[str, Any]) -> bool:
-    """Whether this process decodes faster from packed weights: bfloat16 on CPUs (`dyncomp_kernels.dense_matmul`)."""
-    half = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
-    return half and jax.default_backend() == "cpu"
+def worthwhile() -> bool:
+    """Whether this process decodes faster from packed weights: on CPUs (`dyncomp_kernels.dense_matmul`)."""
+    return jax.default_backend() == "cpu"
 
 
 def pack(params: Mapping[str, Any]) -> Any:
@@ -52,3 +52,12 @@ def unpacked(params: Any) -> Any:
     own = lambda node: isinstance(node, Packed)
     restore = lambda node: node.matrix.T.reshape(node.shape) if own(node) else node
     return jax.tree.map(restore, params, is_leaf=own)
+
+
+@contextlib.contextmanager
+def told(params: Any) -> Iterator[Any]:
+    """`unpacked` parameters, and while inside, the products know whether those lie transposed."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Packed))
+    packed = any(isinstance(leaf, Packed) for leaf in leaves)
+    with weights_transposed() if packed else contextlib.nullcontext():
+        yield unpacked(params)

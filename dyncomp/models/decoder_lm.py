@@ -25,6 +25,7 @@ from dyncomp.models.group import (
     first_handed,
 )
 from dyncomp.models.norm import Norm, NormKind
+from dyncomp_kernels.dense_matmul.api import dense_matmul
 
 
 class DecoderLM(nn.Module):
@@ -191,10 +192,9 @@ class DecoderLM(nn.Module):
     def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Final norm and output projection, float32 logits."""
         x = self.final_norm(x)
-        head = self.embedding.T if self.tie_embeddings else self.head
-        logits = jnp.einsum(
-            "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        tied = self.tie_embeddings
+        head = (self.embedding.T if tied else self.head).astype(x.dtype)
+        logits = dense_matmul(x, head, transposed=True if tied else None, dtype=jnp.float32)
         return constrain(logits, ("batch", "seq", "vocab"))
 
     def _below(self, tokens: Int[Array, "b t"]) -> dict[str, Array]:

@@ -50,7 +50,7 @@ def test_four_devices_do_as_one(name, mesh):
     grads, (y, events) = call()
     with use(MESHES[mesh].build()):
         theirs, (z, others) = call()
-    np.testing.assert_allclose(z, y, atol=2e-6)
+    np.testing.assert_allclose(z, y, rtol=2e-6, atol=2e-6)
     near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
     jax.tree.map(near, theirs, grads)
     if name != "important":  # rounds up the mean of those it computes
@@ -71,7 +71,7 @@ def test_clusters_on_four_devices(membership):
     grads, (y, events) = call()
     with use(MeshSpec(data=2, tensor=2).build()):
         theirs, (z, others) = call()
-    np.testing.assert_allclose(z, y, atol=2e-6)
+    np.testing.assert_allclose(z, y, rtol=2e-6, atol=2e-6)
     near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
     jax.tree.map(near, theirs, grads)
     jax.tree.map(np.testing.assert_array_equal, others, events)

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.decoding import Controlled, ExitAndCatchUp, ExitEarly, Generator, OwnHeads
 from dyncomp.depth import STOP, decision
+from dyncomp.models import unstack
 
 EXITS, NEW = (1, 2, 4), 9
 
@@ -60,11 +62,12 @@ def test_the_first_token_comes_from_full_depth(stopping):
     assert [one.depths[0] for one in found] == [6] * len(prompts)
 
 
-def test_the_second_token_by_hand(stopping):
+def test_the_second_token_by_hand(stopping, lm):
     """Its caches are those of full depth: walk through the blocks of the whole sequence."""
     ours, full, prompts = stopping
     model, weights = ours.model, ours.variables["exits"]
-    apply = lambda *args, method: model.apply(full.variables, *args, method=method)
+    own = unstack(nn.meta.unbox(lm[1]))
+    apply = lambda *args, method: model.apply(own, *args, method=method)
     depths = set()
     for prompt in prompts:
         for leave, stop in ((0.0, 0.0), (0.0, 1.0), (0.45, 1.0)):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dyncomp import models
 from dyncomp.core.errors import DyncompError
 from dyncomp.decoding import (
     Confident,
@@ -34,10 +35,10 @@ def read(lm):
     return net, windows, read_states(net, EXITS, windows, batch=4)
 
 
-def test_states_are_the_blocks_outputs_and_targets_the_next_tokens(read):
+def test_states_are_the_blocks_outputs_and_targets_the_next_tokens(read, lm):
     net, windows, found = read
     assert found.states.shape == (3, 40 * 16, 32)
-    logits, _ = net.model.apply(net.variables, jnp.asarray(windows))
+    logits, _ = models.apply(*lm[:2], jnp.asarray(windows))
     own = net.classify(jnp.asarray(found.states[-1])[None])[0].reshape(40, 16, -1)
     np.testing.assert_allclose(own, logits[:, 1:-1], atol=1e-4)
     assert (found.targets.reshape(40, 16) == windows[:, 2:]).all()

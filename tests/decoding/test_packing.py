@@ -26,8 +26,6 @@ def test_bfloat16_decodes_what_the_model_says(lm):
     model, variables, prompts = lm
     half = model.clone(dtypes=DTypes(param="bfloat16", compute="bfloat16"))
     own = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), nn.meta.unbox(variables))
-    assert packing.worthwhile(own["params"]) == (jax.default_backend() == "cpu")
-    assert not packing.worthwhile(nn.meta.unbox(variables)["params"])
     generator = Generator(half, own, keep_logits=True)
     apply = jax.jit(lambda tokens: models.apply(half, own, tokens)[0])
     for prompt, one in zip(prompts, generator.generate(prompts, 5), strict=True):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dyncomp_kernels.dense_matmul import reference
-from dyncomp_kernels.dense_matmul.api import dense_matmul
+from dyncomp_kernels.dense_matmul.api import FEW, dense_matmul, weights_transposed
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -37,6 +37,35 @@ def test_bfloat16_is_summed_in_float32_on_the_cpu_and_left_alone_elsewhere():
     ).mlir_module()
     assert "-> tensor<1x4xf32>" in text("cpu")
     assert "-> tensor<1x4xf32>" not in text("tpu")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("rows", [1, 2, 7, FEW, FEW + 1])
+def test_weights_that_lie_transposed_change_no_value(rows, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), dtype) for s in ((rows, 24), (40, 24)))
+
+    def loss(x, w, transposed):
+        return jnp.sum(jnp.sin(dense_matmul(x, w.T, transposed=transposed, dtype=jnp.float32)))
+
+    found = [jax.value_and_grad(loss, (0, 1))(x, w, way) for way in (True, False)]
+    for ours, want in zip(*map(jax.tree.leaves, found), strict=True):
+        ours, want = (np.asarray(a, np.float64) for a in (ours, want))
+        np.testing.assert_allclose(ours, want, atol=tolerance * max(1.0, np.abs(want).max()))
+
+
+def test_transposed_weights_go_left_for_a_few_rows_on_the_cpu_only():
+    def left(rows, platform, transposed=None):
+        product = lambda x, w: dense_matmul(x, w.T, transposed=transposed)
+        args = jnp.ones((rows, 8)), jnp.ones((4, 8))
+        module = jax.export.export(jax.jit(product), platforms=[platform])(*args).mlir_module()
+        return "optimization_barrier" in module
+
+    assert left(8, "cpu", True) and not left(8, "cpu")
+    assert not left(1, "cpu", True) and not left(FEW + 1, "cpu", True) and not left(8, "tpu", True)
+    with weights_transposed():
+        assert left(8, "cpu") and not left(8, "cpu", False)
+    assert not left(8, "cpu")
 
 
 def test_bad_arguments():
