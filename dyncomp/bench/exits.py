@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 
 from dyncomp.attention import Attention
-from dyncomp.bench import timing
+from dyncomp.bench import exit_runtime, timing
 from dyncomp.exits import ConfidenceRule, ExitBank, GateRule
 from dyncomp.exits.calibration import chain_thresholds
 from dyncomp.experts import MLP
@@ -77,15 +77,16 @@ RULES = {
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """One row a size, rule and batch; ``quick`` takes the smaller size and one batch."""
+    """One row a size, rule and batch, then those of `exit_runtime`; ``quick`` takes the smaller size and one batch."""
     sizes = ("laptop",) if quick else tuple(SIZES)
     batches = QUICK_BATCHES if quick else BATCHES
-    return [
+    found = [
         _row(name, rule, batch, QUICK_PAIRS if quick else PAIRS)
         for name in sizes
         for rule in RULES
         for batch in batches
     ]
+    return found + exit_runtime.rows(quick)
 
 
 def halving(exits: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Exits: heads, gates, rules, objectives and calibration for networks that may end early."""
 
 from dyncomp.exits.bank import ExitBank
+from dyncomp.exits.budgets import deepest_exit, solve_thresholds
 from dyncomp.exits.controllers import HeadWarmUp, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
@@ -19,5 +20,7 @@ __all__ = [
     "PatienceRule",
     "PositiveWeights",
     "decide",
+    "deepest_exit",
     "gate_features",
+    "solve_thresholds",
 ]

@@ -1,6 +1,29 @@
 """Fast execution of networks that decide: segments, buckets, executors."""
 
-from dyncomp.runtime.executors import Executed, HostExecutor, MaskedExecutor
-from dyncomp.runtime.segments import Segment, Segmented, from_model
+from dyncomp.runtime.executed import Executed
+from dyncomp.runtime.graph import Graph
+from dyncomp.runtime.host import HostExecutor
+from dyncomp.runtime.per_example import per_example
+from dyncomp.runtime.saved import load_segments, save_segments
+from dyncomp.runtime.segments import END, Segment, Segmented, from_model
+from dyncomp.runtime.stream import Finished, StreamExecutor
+from dyncomp.runtime.traced import CompactExecutor, LaxExecutor, MaskedExecutor, Traced
 
-__all__ = ["Executed", "HostExecutor", "MaskedExecutor", "Segment", "Segmented", "from_model"]
+__all__ = [
+    "END",
+    "CompactExecutor",
+    "Executed",
+    "Finished",
+    "Graph",
+    "HostExecutor",
+    "LaxExecutor",
+    "MaskedExecutor",
+    "Segment",
+    "Segmented",
+    "StreamExecutor",
+    "Traced",
+    "from_model",
+    "load_segments",
+    "per_example",
+    "save_segments",
+]

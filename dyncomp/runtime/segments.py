@@ -1,6 +1,7 @@
 """A network as segments with a decision after each: what the executors run.
 
-A model with exits gives this description for free (`from_model`); any other network can be written down by hand.
+A model with exits gives this description for free (`from_model`); any other network can be written down by hand: a
+decision may leave, skip segments, choose one of several, or go back (DyCL's host module, arXiv 2307.04963, as data).
 """
 
 import dataclasses
@@ -19,21 +20,33 @@ Carry = Any
 
 FREE = Cost(0)
 
+END = "end"
+"""The target that means: leave, with this segment's output."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """A part of a network that ends in a decision.
 
     Attributes:
-      run: ``(weights, carry, threshold) -> (carry, output, leave, score)``; ``leave`` bool [b], ``score`` [b].
-        Must treat examples independently. The last segment's ``leave`` is ignored: all leave.
+      run: ``(weights, carry, threshold) -> (carry, output, route, score)``. ``route`` [b] is bool or int: which of
+        ``targets`` follows. ``score`` float [b] is what decided (NaN decides nothing and is reported). ``output`` is
+        kept of examples that leave; of one shape in all segments. Must treat examples independently.
       weights: pytree of just what this segment uses.
       cost: price of one example.
+      name: unique; default ``segment_i``.
+      targets: names of segments, or `END`. Default: the next one, or `END` where ``route`` is true; after the last
+        segment `END` alone.
+      max_trips: for a segment that may lead back: how often one example runs it at most; the last time it goes to
+        the last target, whatever ``route`` says.
     """
 
     run: Callable[[Any, Carry, Any], tuple[Carry, Any, Any, Any]]
     weights: Any
     cost: Cost = FREE
+    name: str = ""
+    targets: tuple[str, ...] = ()
+    max_trips: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +56,8 @@ class Segmented:
     Attributes:
       begin: ``(weights, inputs) -> carry``; runs together with the first segment.
       begin_weights: what it uses.
-      segments: in order.
-      thresholds: one a segment, run-time values (the last is not looked at).
+      segments: in order; the first one runs first, and a target earlier in the list is a loop.
+      thresholds: one a segment, run-time values (a segment that decides nothing does not look at its own).
     """
 
     begin: Callable[[Any, Any], Carry]

@@ -1,0 +1,130 @@
+"""Thresholds for a budget: of mean compute, of the most that any example may take, and of memory.
+
+Solved on a calibration split, applied as run-time arguments. Host-side numpy.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from dyncomp.core import budget
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.typing import Float, Int
+
+Shape = Literal["quantile", "geometric"]
+STEPS = 60
+"""Bisections: as far as float64 tells apart."""
+
+
+def leaves_at(
+    scores: Float[np.ndarray, "b y"], thresholds: Float[np.ndarray, "y"]
+) -> Int[np.ndarray, "b"]:
+    """The first exit whose score reaches its threshold, else the last (y); a score that is no number reaches none."""
+    reached = np.concatenate([scores >= thresholds, np.ones((len(scores), 1), bool)], axis=1)
+    return reached.argmax(axis=1)
+
+
+def deepest_exit(
+    costs: Float[np.ndarray, "x"],
+    peak: float | None = None,
+    resident: Float[np.ndarray, "x"] | None = None,
+    memory: float | None = None,
+) -> int:
+    """The last exit that no example takes more than ``peak`` and no more than ``memory`` to reach.
+
+    Args:
+      costs: of leaving at each exit, cumulative.
+      peak: in units of ``costs``; None for no bound.
+      resident: memory that must be there to reach each exit, cumulative.
+      memory: in units of ``resident``; None for no bound.
+
+    Raises:
+      DyncompError: not even the first exit fits, or ``memory`` without ``resident``.
+    """
+    fits = np.ones(len(costs), bool) if peak is None else np.asarray(costs) <= peak
+    if memory is not None:
+        if resident is None:
+            raise DyncompError("memory: give resident, what each exit needs, too")
+        fits &= np.asarray(resident) <= memory
+    if not fits[0]:
+        raise DyncompError(
+            f"peak={peak}, memory={memory}: not even the first exit fits; raise them"
+        )
+    return int(np.flatnonzero(fits)[-1])
+
+
+def solve_thresholds(
+    scores: Float[np.ndarray, "b y"],
+    costs: Float[np.ndarray, "x"],
+    mean: float,
+    *,
+    peak: float | None = None,
+    resident: Float[np.ndarray, "x"] | None = None,
+    memory: float | None = None,
+    shape: Shape = "quantile",
+) -> Float[np.ndarray, "y"]:
+    """Thresholds under which examples like these cost ``mean`` on average, at most, and nobody exceeds a bound.
+
+    ``quantile`` puts every threshold at the same quantile of its own exit's scores: each rises with the budget.
+    ``geometric`` sends out shares proportional to r^l (MSDNet, Huang et al. 2018; DeeR-VLA, arXiv 2411.02359), where r
+    meets the mean; there a deeper threshold may fall while an earlier one rises.
+
+    Args:
+      scores: of every exit on every calibration example; higher leaves first.
+      costs: of leaving at each exit, cumulative, the final classifier's last.
+      mean: in units of ``costs``.
+      peak, resident, memory: see `deepest_exit`; all leave at the deepest exit that they allow.
+      shape: see above.
+
+    Returns:
+      float64 [y]; +inf where nobody leaves, -inf at the deepest exit.
+
+    Raises:
+      DyncompError: shapes disagree, NaN among the scores, or a mean below the first exit's cost.
+    """
+    scores, costs = np.asarray(scores, np.float64), np.asarray(costs, np.float64)
+    if scores.ndim != 2 or costs.shape != (scores.shape[1] + 1,) or np.isnan(scores).any():
+        raise DyncompError(
+            f"solve_thresholds: scores {scores.shape} without NaN need {scores.shape[-1] + 1} costs, got {costs.shape}"
+        )
+    last = deepest_exit(costs, peak, resident, memory)
+    if mean < costs[0]:
+        raise DyncompError(f"mean={mean} is below the first exit's cost, {costs[0]}; raise it")
+    thresholds = np.full(scores.shape[1], -np.inf)
+    thresholds[:last] = np.inf
+    if last == 0 or mean >= costs[last]:
+        return thresholds
+    # From everyone out at once (0) to nobody before the deepest (1).
+    at = (_quantiles if shape == "quantile" else _geometric)(scores[:, :last], costs[: last + 1])
+
+    def spent(level: float) -> float:
+        thresholds[:last] = at(level)
+        return float(costs[leaves_at(scores, thresholds)].mean())
+
+    low, high = 0.0, 1.0
+    for _ in range(STEPS):
+        level = (low + high) / 2
+        low, high = (level, high) if spent(level) <= mean else (low, level)
+    spent(low)
+    return thresholds
+
+
+def _quantiles(
+    scores: Float[np.ndarray, "b y"], costs: Float[np.ndarray, "x"]
+) -> Callable[[float], Float[np.ndarray, "y"]]:
+    ordered = np.concatenate([np.sort(scores, axis=0), np.full((1, scores.shape[1]), np.inf)])
+    return lambda level: ordered[int(level * len(scores))]
+
+
+def _geometric(
+    scores: Float[np.ndarray, "b y"], costs: Float[np.ndarray, "x"]
+) -> Callable[[float], Float[np.ndarray, "y"]]:
+    def at(level: float) -> Float[np.ndarray, "y"]:
+        if level == 0.0:
+            return np.full(scores.shape[1], -np.inf)
+        ratio = max(level, 1e-12) / max(1.0 - level, 1e-12)
+        shares = budget.geometric_shares(ratio, len(costs))
+        return budget.chain_thresholds(scores, shares)
+
+    return at

@@ -1,0 +1,173 @@
+"""The host drives compiled segments: after each, those that go on are split into existing bucket sizes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.runtime.buckets import powers_of_two, split
+from dyncomp.runtime.executed import Executed, executed
+from dyncomp.runtime.flat import Flat, flatten
+from dyncomp.runtime.graph import Graph
+from dyncomp.runtime.programs import Chunk, Programs
+from dyncomp.runtime.saved import load_segments
+from dyncomp.runtime.segments import Segmented
+
+
+class HostExecutor:
+    """Runs batches segment by segment on those examples that need it.
+
+    Only decisions come to the host between segments; outputs are fetched once, at the end. Not thread-safe.
+
+    Args:
+      net: the network.
+      example: one batch of inputs (numpy or array); only shape and dtype of its rows are read.
+      capacity: largest batch; larger ones raise.
+      buckets: ascending row counts to compile; default powers of two up to ``capacity``.
+      launch: fixed cost of a launch in rows, see `buckets.split`.
+      speculate: start the next segment on the same rows before a decision is read. Hides the wait where few leave;
+        the rows of those that leave are run in vain.
+    """
+
+    def __init__(
+        self,
+        net: Segmented,
+        example: Any,
+        *,
+        capacity: int,
+        buckets: tuple[int, ...] | None = None,
+        launch: int = 4,
+        speculate: bool = False,
+    ):
+        sizes = tuple(sorted(buckets or powers_of_two(capacity)))
+        self._set(flatten(net, example), capacity, sizes, launch, speculate)
+
+    def _set(
+        self, flat: Flat, capacity: int, sizes: tuple[int, ...], launch: int, speculate: bool
+    ) -> None:
+        self.capacity, self.launch, self.speculate = capacity, launch, speculate
+        self._programs = Programs(flat, capacity, sizes)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, launch: int = 4, speculate: bool = False
+    ) -> "HostExecutor":
+        """An executor of segments that `save_segments` wrote; needs no model."""
+        made = cls.__new__(cls)
+        made._set(*load_segments(folder), launch, speculate)
+        return made
+
+    @property
+    def graph(self) -> Graph:
+        """Where examples may go."""
+        return self._programs.graph
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Row counts that are compiled."""
+        return self._programs.buckets
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """float32 [s], may be written between batches."""
+        return self._programs.thresholds
+
+    @property
+    def compilations(self) -> int:
+        """Programs built so far."""
+        return self._programs.compilations
+
+    def warm_up(self) -> "HostExecutor":
+        """Compiles every segment at every bucket size, ahead of time."""
+        self._programs.warm_up()
+        return self
+
+    def __call__(self, inputs: Any) -> Executed:
+        """Runs a batch of at most ``capacity`` examples."""
+        inputs = np.asarray(inputs)
+        if not 1 <= len(inputs) <= self.capacity:
+            raise DyncompError(
+                f"a batch of {len(inputs)}: this executor takes 1..{self.capacity} examples"
+            )
+        walk = _Walk(self.graph, len(inputs))
+        ahead: list[Chunk] = []
+        while (index := walk.front()) < self.graph.end:
+            begun = ahead if ahead and ahead[0].index == index else []
+            rest = walk.waiting(index)
+            if begun:
+                rest = np.setdiff1d(rest, np.concatenate([chunk.slots for chunk in begun]))
+            chunks = begun + self._launch(index, rest, inputs)
+            ahead = self._ahead(chunks) if self.speculate else []
+            walk.count(chunks[len(begun) :] + ahead)
+            for chunk in chunks:
+                walk.read(chunk)
+        return walk.result(self._programs.flat.prices)
+
+    def _launch(self, index: int, slots: np.ndarray, inputs: np.ndarray) -> list[Chunk]:
+        """Dispatches a segment for all that wait for it before anything is waited for."""
+        chunks, start = [], 0
+        for size in split(len(slots), self.buckets, self.launch):
+            own = slots[start : start + size]
+            start += size
+            chunks.append(
+                self._programs.launch(index, size, own, inputs[own] if index == 0 else None)
+            )
+        return chunks
+
+    def _ahead(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The next segment on the rows of this one, where all that does not leave goes there."""
+        index = chunks[0].index
+        follows = index + 1, self.graph.end
+        if self.graph.targets[index] != follows:
+            return []
+        return [self._programs.launch(index + 1, chunk.size, chunk.slots) for chunk in chunks]
+
+
+class _Walk:
+    """Where each example of a batch stands, and what came out."""
+
+    def __init__(self, graph: Graph, b: int):
+        self.graph = graph
+        self.at = np.zeros(b, np.int32)
+        self.exits = np.full(b, -1, np.int32)
+        self.visits = np.zeros((b, graph.end), np.int32)
+        self.rows = np.zeros(graph.end, np.int64)
+        self._read: list[tuple[Chunk, np.ndarray, np.ndarray]] = []
+
+    def front(self) -> int:
+        """The earliest segment at which some example waits."""
+        return int(self.at.min())
+
+    def waiting(self, index: int) -> np.ndarray:
+        """Whose turn a segment is."""
+        return np.flatnonzero(self.at == index)
+
+    def count(self, chunks: list[Chunk]) -> None:
+        """Adds rows that were launched."""
+        for chunk in chunks:
+            self.rows[chunk.index] += chunk.size
+
+    def read(self, chunk: Chunk) -> None:
+        """Waits for a launch's decisions and moves its examples on, but those that left before it."""
+        index, slots = chunk.index, chunk.slots
+        route = np.asarray(chunk.route)[: len(slots)]
+        here = self.at[slots] == index
+        self.visits[slots[here], index] += 1
+        onward = self.graph.onward(index, route, self.visits[slots, index])
+        gone = here & (onward == self.graph.end)
+        self.at[slots[here]] = onward[here]
+        self.exits[slots[gone]] = index
+        self._read.append((chunk, here, gone))
+
+    def result(self, prices: tuple[Cost, ...]) -> Executed:
+        """Outputs and scores in the order of the inputs."""
+        sample = self._read[0][0].output
+        outputs = np.zeros((len(self.at), *sample.shape[1:]), sample.dtype)
+        scores = np.full((len(self.at), self.graph.end), np.nan, np.float32)
+        for (index, _, slots, output, _, score), here, gone in self._read:
+            scores[slots[here], index] = np.asarray(score)[: len(slots)][here]
+            if gone.any():
+                outputs[slots[gone]] = np.asarray(output)[: len(slots)][gone]
+        return executed(prices, self.graph, outputs, self.exits, scores, self.visits, self.rows)

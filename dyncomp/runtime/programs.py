@@ -1,0 +1,93 @@
+"""Segments compiled ahead of time for a few row counts, on one buffer that holds what is carried of every slot."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.runtime.flat import Flat
+
+
+class Chunk(NamedTuple):
+    """One launch of a segment, results still on the way.
+
+    Attributes:
+      index: of the segment.
+      size: rows it ran, padding included.
+      slots: int [n], whose they were.
+      output: [size ...]; the first n rows count, as in what follows.
+      route: [size].
+      score: [size].
+    """
+
+    index: int
+    size: int
+    slots: np.ndarray
+    output: Any
+    route: Any
+    score: Any
+
+
+class Programs:
+    """Compiled segments of a network and the carries they work on, in one buffer of ``capacity`` slots.
+
+    A segment gathers the rows of its slots, runs, and writes back what it changed, in place: the buffer is donated. So
+    there is one program for a segment and bucket, whichever rows they are. What a segment does not read is not
+    gathered, and what it hands on as it was is not written.
+
+    Args:
+      flat: the network.
+      capacity: slots.
+      buckets: ascending row counts.
+    """
+
+    def __init__(self, flat: Flat, capacity: int, buckets: Sequence[int]):
+        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+            raise DyncompError(f"buckets={tuple(buckets)}: give ascending row counts of at least 1")
+        if buckets[-1] > capacity:
+            raise DyncompError(f"bucket {buckets[-1]} exceeds capacity={capacity}; raise capacity")
+        self.flat, self.graph = flat, flat.graph
+        self.capacity, self.buckets = capacity, tuple(buckets)
+        self.thresholds = np.array(flat.thresholds, np.float32)
+        self._buffer = [jnp.zeros((capacity, *leaf.shape), leaf.dtype) for leaf in flat.carry]
+        self._compiled: dict[tuple[int, int], Any] = {}
+
+    @property
+    def compilations(self) -> int:
+        """Programs built so far; at most segments x buckets."""
+        return len(self._compiled)
+
+    def warm_up(self) -> None:
+        """Compiles every segment for every bucket."""
+        for index in range(self.graph.end):
+            for bucket in self.buckets:
+                self._program(index, bucket)
+
+    def launch(self, index: int, size: int, slots: np.ndarray, inputs: Any = None) -> Chunk:
+        """Starts segment ``index`` on ``slots``, at most ``size``; does not wait.
+
+        Args:
+          index: of the segment.
+          size: one of the buckets.
+          slots: int [n].
+          inputs: [n ...], for the first segment only.
+        """
+        rows = np.full(size, self.capacity, np.int32)
+        rows[: len(slots)] = slots
+        args = (self.flat.weights[index], self._buffer, rows, self.thresholds[index])
+        if index == 0:
+            padding = [(0, size - len(slots))] + [(0, 0)] * (inputs.ndim - 1)
+            args += (np.pad(inputs, padding, "edge") if size > len(slots) else inputs,)
+        buffer, *result = self._program(index, size)(*args)
+        if not self.graph.ends(index):
+            self._buffer = buffer
+        return Chunk(index, size, slots, *result)
+
+    def _program(self, index: int, bucket: int) -> Any:
+        key = (index, bucket)
+        if key not in self._compiled:
+            shapes = self.flat.arguments(index, bucket, self.capacity)
+            self._compiled[key] = self.flat.program(index, bucket).lower(*shapes).compile()
+        return self._compiled[key]

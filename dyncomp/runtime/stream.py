@@ -1,0 +1,209 @@
+"""Throughput: a queue at every depth, and a segment runs when a full bucket waits for it."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.runtime.buckets import powers_of_two, split
+from dyncomp.runtime.flat import flatten
+from dyncomp.runtime.programs import Chunk, Programs
+from dyncomp.runtime.segments import Segmented
+
+IN_FLIGHT = 2
+"""Launches whose decisions have not been read: the next starts before the host reads the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """One example that has left.
+
+    Attributes:
+      ticket: as `StreamExecutor.submit` gave it.
+      output: of the segment it left after.
+      exit: that segment.
+      waited: seconds from `StreamExecutor.submit` until its output was read.
+    """
+
+    ticket: int
+    output: np.ndarray
+    exit: int
+    waited: float
+
+
+@dataclasses.dataclass
+class _Queue:
+    """Who waits for one segment: slots (tickets, for the first), and since when; oldest first."""
+
+    members: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
+    since: collections.deque[float] = dataclasses.field(default_factory=collections.deque)
+
+    def add(self, member: int, now: float) -> None:
+        self.members.append(member)
+        self.since.append(now)
+
+    def take(self, count: int) -> list[int]:
+        for _ in range(count):
+            self.since.popleft()
+        return [self.members.popleft() for _ in range(count)]
+
+
+class StreamExecutor:
+    """Serves a stream of examples through a network; batches form anew at every depth.
+
+    The deepest segment for which a full bucket waits runs next, so what has begun ends first. One for which somebody
+    has waited longer than ``max_wait`` goes before it, with as many as there are. Not thread-safe: call `submit` and
+    `step` from one loop.
+
+    Args:
+      net: the network.
+      example: inputs; only shape and dtype of a row are read.
+      bucket: rows of a full launch.
+      max_wait: seconds; None waits for full buckets until `drain`.
+      clock: seconds now.
+
+    Attributes:
+      executed: int64 [s], rows that ran each segment so far, padding included.
+      needed: int64 [s], those that were some example's.
+    """
+
+    def __init__(
+        self,
+        net: Segmented,
+        example: Any,
+        *,
+        bucket: int = 64,
+        max_wait: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if max_wait is not None and max_wait < 0:
+            raise DyncompError(
+                f"max_wait={max_wait}: give seconds, or None to wait for full buckets"
+            )
+        self.bucket, self.max_wait, self._clock = bucket, max_wait, clock
+        # Every depth may hold one example less than a bucket, and the first must then still find room.
+        slots = bucket * (len(net.segments) + IN_FLIGHT)
+        self._programs = Programs(flatten(net, example), slots, powers_of_two(bucket))
+        self.graph = self._programs.graph
+        self._free = list(range(slots))
+        self._queues = [_Queue() for _ in net.segments]
+        self._inputs: dict[int, np.ndarray] = {}
+        self._begun: dict[int, float] = {}
+        self._tickets = np.zeros(slots, np.int64)
+        self._visits = np.zeros((slots, self.graph.end), np.int32)
+        self._flying: collections.deque[Chunk] = collections.deque()
+        self._next = 0
+        self.executed = np.zeros(self.graph.end, np.int64)
+        self.needed = np.zeros(self.graph.end, np.int64)
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """float32 [s], may be written at any time."""
+        return self._programs.thresholds
+
+    @property
+    def compilations(self) -> int:
+        """Programs built so far."""
+        return self._programs.compilations
+
+    @property
+    def pending(self) -> int:
+        """Examples that have not left."""
+        return len(self._begun)
+
+    def warm_up(self) -> "StreamExecutor":
+        """Compiles every segment at every bucket size, ahead of time."""
+        self._programs.warm_up()
+        return self
+
+    def submit(self, inputs: Any) -> list[int]:
+        """Takes examples [n ...] in; returns a ticket for each."""
+        inputs, now = np.asarray(inputs), self._clock()
+        tickets = list(range(self._next, self._next + len(inputs)))
+        self._next += len(inputs)
+        for ticket, row in zip(tickets, inputs, strict=True):
+            self._inputs[ticket], self._begun[ticket] = row, now
+            self._queues[0].add(ticket, now)
+        return tickets
+
+    def step(self, *, flush: bool = False) -> list[Finished]:
+        """Starts at most one launch and reads at most one that is done; what left by it.
+
+        Args:
+          flush: run what waits although no bucket is full.
+        """
+        chosen = self._choose(flush)
+        if chosen is not None:
+            self._launch(*chosen)
+        if self._flying and (chosen is None or len(self._flying) >= IN_FLIGHT):
+            return self._read(self._flying.popleft())
+        return []
+
+    def drain(self) -> list[Finished]:
+        """Runs until nobody is left."""
+        found = []
+        while self.pending:
+            found += self.step(flush=True)
+        return found
+
+    def _choose(self, flush: bool) -> tuple[int, int] | None:
+        """(segment, how many), or None where nothing should start now."""
+        ready = [self._ready(index) for index in range(self.graph.end)]
+        late = self._late(ready)
+        if late is not None:
+            return late, ready[late]
+        full = [index for index, count in enumerate(ready) if count >= self.bucket]
+        if full:
+            return full[-1], self.bucket
+        some = [index for index, count in enumerate(ready) if count]
+        if flush and some and not self._flying:
+            return some[0], ready[some[0]]
+        return None
+
+    def _ready(self, index: int) -> int:
+        """How many could run a segment now, at most a bucket."""
+        count = min(len(self._queues[index].members), self.bucket)
+        return min(count, len(self._free)) if index == 0 else count
+
+    def _late(self, ready: list[int]) -> int | None:
+        """The segment for which somebody has waited longest, where that is too long."""
+        if self.max_wait is None:
+            return None
+        oldest = [
+            (self._queues[index].since[0], index) for index, count in enumerate(ready) if count
+        ]
+        since, index = min(oldest, default=(np.inf, 0))
+        return index if self._clock() - since > self.max_wait else None
+
+    def _launch(self, index: int, count: int) -> None:
+        size = split(count, self._programs.buckets)[0]
+        members = self._queues[index].take(min(count, size))
+        inputs, slots = None, np.asarray(members)
+        if index == 0:
+            slots = np.asarray([self._free.pop() for _ in members])
+            self._tickets[slots], self._visits[slots] = members, 0
+            inputs = np.stack([self._inputs.pop(ticket) for ticket in members])
+        self.executed[index] += size
+        self.needed[index] += len(slots)
+        self._flying.append(self._programs.launch(index, size, slots, inputs))
+
+    def _read(self, chunk: Chunk) -> list[Finished]:
+        index, slots, count = chunk.index, chunk.slots, len(chunk.slots)
+        self._visits[slots, index] += 1
+        route = np.asarray(chunk.route)[:count]
+        onward = self.graph.onward(index, route, self._visits[slots, index])
+        gone, now = onward == self.graph.end, self._clock()
+        for slot, target in zip(slots[~gone].tolist(), onward[~gone].tolist(), strict=True):
+            self._queues[target].add(slot, now)
+        if not gone.any():
+            return []
+        outputs = np.asarray(chunk.output)[:count][gone]
+        self._free.extend(slots[gone].tolist())
+        return [
+            Finished(ticket, output, index, now - self._begun.pop(ticket))
+            for ticket, output in zip(self._tickets[slots[gone]].tolist(), outputs, strict=True)
+        ]

@@ -1,0 +1,63 @@
+"""The networks of `bench exits`: planted shares, prices, and PyTorch computing the same."""
+
+import numpy as np
+import pytest
+
+from dyncomp.bench import exit_nets, exit_peer
+from dyncomp.runtime import HostExecutor, StreamExecutor
+
+
+@pytest.fixture(scope="module", params=exit_nets.NETS)
+def small(request):
+    """(name, network of six blocks)."""
+    return request.param, exit_nets.NETS[request.param](6, 8)
+
+
+def test_geometric_shares_have_the_wanted_mean():
+    for depth, share in ((12, 1 / 3), (6, 0.5), (4, 0.9)):
+        shares = exit_nets.geometric(depth, share)
+        assert shares.sum() == pytest.approx(1) and (shares >= 0).all()
+        assert (shares * np.arange(1, depth + 1)).sum() == pytest.approx(share * depth)
+        ratios = shares[1:-1] / shares[:-2]
+        np.testing.assert_allclose(ratios, ratios[:1].repeat(len(ratios)))
+
+
+def test_exits_are_used_and_the_last_is_the_network_without_exits(small):
+    _, subject = small
+    inputs = subject.draw(64, 3)
+    host = HostExecutor(subject.net, inputs, capacity=64)
+    exits = host(inputs).exits
+    assert len(set(exits.tolist())) >= 4 and abs(exits.mean() + 1 - 2) < 0.6
+    host.thresholds[:] = np.inf
+    found = host(inputs)
+    assert (found.exits == 5).all()
+    np.testing.assert_allclose(found.outputs, subject.full(inputs), rtol=1e-4, atol=1e-4)
+    # All that it spends more are the first five heads.
+    heads = 64 * 5 * 2 * exit_nets.WIDTH * exit_nets.CLASSES
+    assert found.ledger.total() - 64 * subject.flops == heads
+
+
+def test_a_server_of_fixed_depth_gives_the_first_exits_logits(small):
+    _, subject = small
+    inputs = subject.draw(5, 3)
+    host = HostExecutor(subject.net, inputs, capacity=8)
+    host.thresholds[:2] = np.inf, -np.inf  # a third of six blocks is two
+    found = exit_nets.fixed_server(subject, 8)(inputs)
+    np.testing.assert_allclose(found, host(inputs).outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.peers
+def test_pytorch_computes_the_same(small):
+    name, subject = small
+    inputs = subject.draw(40, 3)
+    ours = HostExecutor(subject.net, inputs, capacity=40)(inputs)
+    theirs = exit_peer.batches(name, subject, 40)(inputs)
+    np.testing.assert_array_equal(theirs.exits, ours.exits)
+    np.testing.assert_allclose(theirs.outputs, ours.outputs, rtol=1e-3, atol=1e-3)
+    assert (theirs.executed == theirs.needed).all()
+    streams = exit_peer.stream(name, subject, 8), StreamExecutor(subject.net, inputs, bucket=8)
+    left = []
+    for stream in streams:
+        stream.submit(inputs)
+        left.append({one.ticket: one.exit for one in stream.drain()})
+    assert left[0] == left[1] == dict(enumerate(ours.exits.tolist()))

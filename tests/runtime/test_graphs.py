@@ -1,0 +1,263 @@
+"""Random control graphs: every executor does what a walk of one example after the other does."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.core.ledger import Cost
+from dyncomp.runtime import (
+    END,
+    CompactExecutor,
+    HostExecutor,
+    LaxExecutor,
+    MaskedExecutor,
+    Segment,
+    Segmented,
+    StreamExecutor,
+    Traced,
+    load_segments,
+    per_example,
+    save_segments,
+)
+from dyncomp.runtime.flat import flatten
+
+from .programs import WIDTH, network, random_parts, walk
+
+EXECUTORS = {
+    "masked": lambda net, inputs: MaskedExecutor(net),
+    "lax": lambda net, inputs: LaxExecutor(net),
+    "compact": lambda net, inputs: CompactExecutor(net, (1, 4)),
+    "host": lambda net, inputs: HostExecutor(net, inputs, capacity=40),
+    "ahead": lambda net, inputs: HostExecutor(net, inputs, capacity=40, speculate=True),
+}
+
+
+def drawn(seed, batch, loops):
+    """Parts and inputs whose scores all keep away from their thresholds: there, rounding decides nothing."""
+    rng = np.random.default_rng(seed)
+    parts = random_parts(rng, loops=loops)
+    inputs = rng.normal(size=(8 * batch, WIDTH)).astype(np.float32)
+    clear = [row for row in inputs if walk(parts, row[None])[3] > 1e-4]
+    return parts, np.stack(clear[:batch])
+
+
+@pytest.mark.parametrize("how", EXECUTORS)
+@pytest.mark.parametrize(
+    "seed, batch, loops", [(0, 1, True), (1, 7, True), (2, 33, True), (3, 33, False)]
+)
+def test_random_graphs_agree_with_a_walk_of_single_examples(how, seed, batch, loops):
+    parts, inputs = drawn(seed, batch, loops)
+    outputs, exits, visits, _ = walk(parts, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = EXECUTORS[how](network(parts), inputs)(inputs)
+    np.testing.assert_array_equal(found.exits, exits)
+    np.testing.assert_array_equal(found.visits, visits)
+    np.testing.assert_allclose(found.outputs, outputs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.needed, visits.sum(0))
+    assert found.ledger.total("needed") == (visits.sum(0) * np.arange(1, 7)).sum()
+    assert (found.executed >= found.needed).all()
+    if how == "host":
+        assert (found.executed[visits.sum(0) == 0] == 0).all()
+    if how == "lax" and batch == 1:
+        np.testing.assert_array_equal(found.executed, found.needed)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_stream_gives_what_batches_give_and_runs_full_buckets(seed):
+    parts, inputs = drawn(10 + seed, 40, loops=True)
+    outputs, exits, visits, _ = walk(parts, inputs)
+    stream = StreamExecutor(network(parts), inputs, bucket=8).warm_up()
+    programs, found = stream.compilations, []
+    for start in range(0, len(inputs), 5):
+        stream.submit(inputs[start : start + 5])
+        found += stream.step()
+    assert stream.executed.sum() % 8 == 0 and (stream.executed == stream.needed).all()
+    found += stream.drain()
+    assert stream.compilations == programs and not stream.pending
+    assert sorted(one.ticket for one in found) == list(range(len(inputs)))
+    for one in found:
+        assert one.exit == exits[one.ticket] and one.waited >= 0
+        np.testing.assert_allclose(one.output, outputs[one.ticket], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(stream.needed, visits.sum(0))
+
+
+def test_nobody_waits_longer_than_told():
+    parts, inputs = drawn(3, 5, loops=False)
+    now = [0.0]
+    stream = StreamExecutor(network(parts), inputs, bucket=64, max_wait=1.0, clock=lambda: now[0])
+    stream.submit(inputs)
+    assert stream.step() == [] and stream.executed.sum() == 0
+    found, steps = [], 0
+    while stream.pending:
+        now[0] += 1.01
+        found += stream.step()
+        steps += 1
+        assert steps < 100
+    assert len(found) == 5 and stream.executed.max() <= 8
+
+
+def test_gradients_through_masked_and_bounded_branches_agree_and_open_loops_have_none():
+    parts, inputs = drawn(1, 7, loops=True)
+    net = network(parts)
+    thresholds = jnp.zeros(len(parts))
+
+    def gradients(traced):
+        loss = lambda weights: jnp.sum(traced(weights, jnp.asarray(inputs), thresholds).output ** 2)
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(traced.weights))
+
+    masked = gradients(Traced(net))
+    for how in ("lax", "compact"):
+        for ours, want in zip(gradients(Traced(net, how, (2,), bounded=True)), masked, strict=True):
+            np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="[Rr]everse-mode"):
+        gradients(Traced(net, "lax"))
+
+
+def test_order_of_examples_permutes_outputs_and_a_second_run_compiles_nothing():
+    parts, inputs = drawn(2, 33, loops=True)
+    host = HostExecutor(network(parts), inputs, capacity=40).warm_up()
+    programs, first = host.compilations, host(inputs)
+    assert programs <= len(parts) * 7
+    order = np.random.default_rng(0).permutation(len(inputs))
+    again = host(inputs[order])
+    np.testing.assert_allclose(again.outputs, first.outputs[order], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(again.exits, first.exits[order])
+    for batch in (1, 2, 9, 33):
+        host(inputs[:batch])
+    assert host.compilations == programs
+
+
+def test_a_score_that_is_no_number_never_leaves_and_is_told():
+    def run(weights, carry, threshold):
+        return carry, carry, carry >= threshold, carry
+
+    net = Segmented(lambda _, x: x, None, [Segment(run, None)] * 3, [0.5, 0.5])
+    inputs = np.asarray([np.nan, 1.0, 0.5, 0.4], np.float32)
+    for make in EXECUTORS.values():
+        with pytest.warns(RuntimeWarning, match="1 of 4 examples"):
+            found = make(net, inputs)(inputs)
+        np.testing.assert_array_equal(found.exits, [2, 0, 0, 2])  # a tie leaves
+
+
+def test_what_a_segment_hands_on_unchanged_is_not_written():
+    parts, inputs = drawn(3, 4, loops=False)
+    flat = flatten(network(parts), inputs)
+    shapes = flat.arguments(1, 2, 16)
+    text = flat.program(1, 2).lower(*shapes).as_text()
+    # The carry's leaves are "seed" (handed on) and "x": one is scattered.
+    assert text.count('"stablehlo.scatter"') == 1
+
+
+def test_saved_segments_run_without_the_network(tmp_path):
+    parts, inputs = drawn(2, 33, loops=True)
+    net = network(parts)
+    want = HostExecutor(net, inputs, capacity=40)(inputs)
+    folder = save_segments(net, inputs, tmp_path / "net", capacity=40, buckets=(1, 8, 40))
+    del net
+    host = HostExecutor.load(folder)
+    found = host(inputs)
+    np.testing.assert_array_equal(found.exits, want.exits)
+    np.testing.assert_allclose(found.outputs, want.outputs, rtol=1e-5, atol=1e-6)
+    assert found.ledger.total("needed") == want.ledger.total("needed")
+    with pytest.raises(DyncompError, match="not empty"):
+        save_segments(network(parts), inputs, folder, capacity=40, buckets=(1,))
+    (folder / "segment_1_rows_8.bin").write_bytes(b"x")
+    with pytest.raises(DyncompError, match=r"segment_1_rows_8\.bin is missing or damaged"):
+        load_segments(folder)
+    with pytest.raises(DyncompError, match="can't be read"):
+        load_segments(tmp_path)
+
+
+def test_branches_on_one_example_are_refused_under_vmap():
+    def branching(weights, x, threshold):
+        y = jax.lax.cond(x[0] > 0, lambda x: x @ weights, lambda x: x, x)
+        return y, y, y[0] > threshold, y[0]
+
+    def looping(weights, x, threshold):
+        y = jax.lax.while_loop(
+            lambda c: jnp.sum(c[0]) < 9, lambda c: (c[0] + c[1], c[1]), (x, x * x + 1)
+        )
+        return y[0], y[0], y[0][0] > threshold, y[0][0]
+
+    def fixed(weights, x, threshold):
+        count = jnp.sum(weights).astype(int)
+        y = jax.lax.fori_loop(0, count, lambda _, x: jnp.tanh(x), x)  # as often for all
+        y = jax.lax.cond(threshold > 0, lambda x: x, lambda x: x + 1, y)
+        return y, y, y[0] > threshold, y[0]
+
+    inputs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    weights = np.eye(3, dtype=np.float32)
+    net = lambda run: Segmented(
+        lambda _, x: x, None, [Segment(per_example(run), weights)] * 2, [0.2]
+    )
+    for run, name in ((branching, "lax.cond"), (looping, "lax.while_loop")):
+        with pytest.raises(DyncompError, match=f"{run.__name__}: {name}.*under vmap"):
+            MaskedExecutor(net(run))(inputs)
+    found = HostExecutor(net(fixed), inputs, capacity=8)(inputs)
+    np.testing.assert_array_equal(found.exits, MaskedExecutor(net(fixed))(inputs).exits)
+
+
+def test_the_decision_of_one_example_baked_in_is_wrong_for_others():
+    """What tracing with an example does: the branch that it took is the program."""
+
+    def network(x, leave):
+        return x * 10.0 if leave else jnp.sin(x) * 7.0
+
+    traced = jax.jit(
+        functools.partial(network, leave=bool(1.0 > 0.5))
+    )  # decided by the example 1.0
+    assert float(traced(0.1)) != pytest.approx(float(network(0.1, 0.1 > 0.5)))
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(lambda x: network(x, x > 0.5))(0.1)
+
+
+def test_a_decision_that_nobody_can_change_costs_what_straight_code_costs():
+    def run(weights, x, threshold):
+        y = jnp.tanh(x @ weights)
+        return y, y, jnp.zeros(x.shape[:1], bool), jnp.zeros(x.shape[:1])
+
+    weights = np.eye(64, dtype=np.float32)
+    parts = [
+        Segment(run, weights, name=f"s{n}", targets=(f"s{n + 1}" if n < 3 else END,))
+        for n in range(4)
+    ]
+    traced = Traced(Segmented(lambda _, x: x, None, parts, [0.0] * 4))
+    x = jnp.ones((32, 64))
+
+    def flops(fn, *args):
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+    def straight(weights, x):
+        for own in weights:
+            x = jnp.tanh(x @ own)
+        return x
+
+    output = lambda weights, x: traced(weights, x, jnp.zeros(4)).output
+    ours, plain = flops(output, traced.weights, x), flops(straight, traced.weights[1], x)
+    assert ours == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "parts, told",
+    [
+        ([("a", ("b", "c"), 0), ("b", (), 0)], "leads to 'c'; use one of a, b, end"),
+        ([("a", ("b",), 0), ("b", ("a", END), 2)], "leads back to the first"),
+        ([("a", ("b",), 0), ("b", ("b", END), 0)], "give it max_trips"),
+        ([("a", ("b",), 0), ("b", (END, "b"), 3)], "a last target further on"),
+        ([("a", ("b",), 2), ("b", (), 0)], "never leads back"),
+        ([("a", ("b",), 0), ("a", (), 0)], "two segments have one name"),
+        ([("a", (END,), 0), ("b", (), 0)], "'b' is never reached"),
+    ],
+)
+def test_wrong_graphs_are_refused(parts, told):
+    run = lambda w, c, t: (c, c, c > t, c)
+    segments = [Segment(run, None, Cost(0), *part) for part in parts]
+    net = Segmented(lambda _, x: x, None, segments, [0.0] * len(parts))
+    with pytest.raises(DyncompError, match=told):
+        MaskedExecutor(net)
