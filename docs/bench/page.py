@@ -56,6 +56,10 @@ def gpus(result):
         return _models(result)
     if "attention" in result:
         return _attention(result)
+    if "grouped" in result:
+        return _grouped(result)
+    if "checks" in result:
+        return _checked(result)
     text = f"## {result['gpus']} x {result['gpu']}\n\n`python docs/bench/gpus.py`, jax {result['jax']}.\n"
     return "\n".join([text, *(_exchanges(result) if "layer" in result else _products(result)), ""])
 
@@ -79,6 +83,102 @@ def _attention(result):
                 f"{cell(row, 'both_ms')} | {cell(row, 'forward_ms_of_ideal')} | {cell(row, 'both_ms_of_ideal')} |"
                 for row in result["attention"]
                 if "share" in row
+            ),
+            "",
+        ]
+    )
+
+
+PARTS = ("forward", "row gradient", "weight gradient")
+
+
+def _checked(result):
+    suite = result["suite"]
+    return "\n".join(
+        [
+            f"## Kernels against float64 on 1 x {result['gpu']}\n",
+            f"`{result['command']}`, run on the device part by part: jax {result['jax']}, driver {result['driver']},",
+            f"{result['date']}. Largest error of values and, but for decoding, gradients, of the largest number of its",
+            "array, over random problems. The two Hopper rows: an earlier list of cases in the same script. Forms",
+            "without a row of full float32 were not run in it; the Hopper forms and cuDNN's attention take none.\n",
+            "| form | numbers | problems | largest error |",
+            "| --- | --- | --- | --- |",
+            *(
+                f"| {row['form']} | {row['numbers']} | {row['problems']} | {row['worst']:.1e} |"
+                for row in result["checks"]
+            ),
+            f"\nThe test suite on the CPUs of that machine (`{suite['command']}`; Python {suite['python']}, jax",
+            f"{suite['jax']}, flax {suite['flax']}, optax {suite['optax']}, orbax {suite['orbax']}, numpy"
+            f" {suite['numpy']}): {suite['passed']:,} passed,",
+            f"{suite['skipped']} skipped, {suite['failed']} failed. Two of the ten needed Fashion-MNIST, which was not"
+            " there; eight expected what",
+            "jax 0.10 and Python 3.11 give (text of lowered programs, tokens of f-strings). Repaired, they passed",
+            "there, but for one that is skipped without Fashion-MNIST.",
+            "",
+        ]
+    )
+
+
+def _grouped(result):
+    """What `grouped_gpu.py` printed."""
+    rate = lambda row, part, form: 2e-9 * result["rows"] * row["k"] * row["n"] / row[part][form]  # noqa: E731
+    share = lambda row, parts: (
+        sum(row[p]["dense"] for p in parts) / sum(row[p]["ours"] for p in parts)
+    )  # noqa: E731
+    forms = ("dense", "ours", "torch dense", "torch", "tokamax")
+    cell = lambda row, part, form: f"{rate(row, part, form):.0f}" if form in row[part] else ""  # noqa: E731
+    line = lambda row, load: [  # noqa: E731
+        f"| {row['k']} x {row['n']} | {row['experts']} | {load} | {part} | "
+        + " | ".join(cell(row, part, form) for form in forms)
+        + f" | {share(row, (part,)):.2f} |"
+        for part in PARTS
+    ]
+    total = lambda row, load: (  # noqa: E731
+        f"| {row['k']} x {row['n']} | {row['experts']} | {load} | all three |  |  |  |  |  | {share(row, PARTS):.2f} |"
+    )
+    loads = (("products", "Dirichlet(4)"), ("one_expert", "one expert"))
+    tiles = ", ".join(
+        f"{part} {' x '.join(map(str, size[:3]))}" for part, size in result["tokamax_tiles"].items()
+    )
+    return "\n".join(
+        [
+            f"## Grouped products of a large layer on 1 x {result['gpu']}\n",
+            f"`{result['command']}`, run on the device: jax {result['jax']}, PyTorch {result['torch']}, tokamax"
+            f" {result['tokamax']}, driver {result['driver']},",
+            f"{result['date']}. {result['rows']:,} rows (16,384 tokens of two choices), bfloat16, TFLOP/s; dense: one"
+            " product of equal FLOPs, cuBLAS",
+            "through JAX and through PyTorch; torch: `grouped_mm`; tokamax: `ragged_dot`, fastest of six tiles tried",
+            f"at the first row ({tiles}).",
+            "Share: of dense through JAX, in time; asked: 0.85.",
+            f"Samples of the results against float64: within {max(row['error'] for row in result['products']):.4f} of"
+            " the largest number.\n",
+            "| matrix | experts | load | product | dense | ours | torch dense | torch | tokamax | share |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(
+                text
+                for name, load in loads
+                for row in result[name]
+                for text in (*line(row, load), total(row, load))
+            ),
+            f"\nOne row an expert: TB/s of the weights, {result['bandwidth'] / 1e12:.2f} as a large matrix-vector"
+            " product reads:\n",
+            "| matrix | experts | product | ours | torch |",
+            "| --- | --- | --- | --- | --- |",
+            *(
+                f"| {row['k']} x {row['n']} | {row['experts']} | {part} | "
+                + " | ".join(
+                    f"{row['bytes'] / row[part][form] / 1e9:.2f}" for form in ("ours", "torch")
+                )
+                + " |"
+                for row in result["one_row"]
+                for part in PARTS
+            ),
+            "\nSwiGLU experts of that size, forward and all gradients, Dirichlet(4) load, beside a dense unit:\n",
+            "| experts | ms dense | ms ours | share |",
+            "| --- | --- | --- | --- |",
+            *(
+                f"| {row['experts']} | {row['dense']:.1f} | {row['ours']:.1f} | {row['dense'] / row['ours']:.2f} |"
+                for row in result["swiglu"]
             ),
             "",
         ]
@@ -119,9 +219,9 @@ def _trained(rows):
 
 def _mixtures(rows):
     return [
-        "Train steps of four layers, eight experts of 4,096 hidden units (Hopper bank), 8 rows of 2,048 tokens; dense:",
-        "8,192 hidden units. Realised: (seconds dense / seconds) / (FLOPs dense / FLOPs needed). Parameters of all",
-        "experts pass through AdamW, which the dense network spares:\n",
+        "Train steps of four layers, eight experts of 4,096 hidden units (Hopper bank, before its tiles of 128 x 256),",
+        "8 rows of 2,048 tokens; dense: 8,192 hidden units. Realised: (seconds dense / seconds) / (FLOPs dense /",
+        "FLOPs needed). Parameters of all experts pass through AdamW, which the dense network spares:\n",
         "| form | ms a step | tokens/s | FLOPs of dense | realised |",
         "| --- | --- | --- | --- | --- |",
         *(
@@ -171,6 +271,7 @@ def _products(result):
     return [
         f"Hopper form on {checked['problems']} problems: largest error of value and gradients {checked['worst']:.4f}",
         "of the array's largest number (bfloat16).",
+        "Run before the Hopper form had tiles of 128 x 256, which widths in multiples of 256 use since.",
         f"{spills['kernels']} kernels, at most {spills['registers']} registers, {spills['bytes']} bytes spilled.\n",
         "TFLOP/s of one grouped product, Dirichlet(4) load, bfloat16, forward / forward and backward; dense is one",
         "product of equal FLOPs:\n",

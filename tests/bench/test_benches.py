@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,21 @@ import pytest
 from dyncomp import bench
 from dyncomp.bench import experts, fresh, overhead
 from dyncomp.core.errors import DyncompError
+from dyncomp.tasks.images import FASHION_FOLDER
 from dyncomp.training import memory
 
 COMMON = (
     *("id", "ratio", "interval", "goal", "relation", "holds", "reference", "peer"),
     *("median_ours", "median_peer", "needed", "executed", "runs"),
 )
-QUICK = [name for name in bench.BENCHES if name != "kills"]  # tests/training counts kills
+PICTURES = pytest.mark.skipif(
+    not Path(FASHION_FOLDER).exists(), reason="apt-get install dataset-fashion-mnist"
+)
+QUICK = [  # tests/training counts kills
+    pytest.param(name, marks=[PICTURES] if name == "compile" else [])
+    for name in bench.BENCHES
+    if name != "kills"
+]
 
 
 @pytest.fixture(autouse=True)

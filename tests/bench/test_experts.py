@@ -79,6 +79,6 @@ def test_the_doctor_on_the_command_line(capsys):
     with pytest.raises(DyncompError, match="no figures of chip 'z80'"):
         doctor.report([doctor.Layer("a", 8, 100.0)], "z80")
     with pytest.raises(DyncompError, match="no layer of experts"):
-        doctor.examine(config.load("jei_dnn", ["DEPTH=2"]))
+        doctor.examine(config.load("sorted_llama"))
     assert bench.main("experts", arguments, json=True) == 0
     assert json.loads(capsys.readouterr().out)["chip"] == "v6e"

@@ -47,12 +47,18 @@ def classes_by_tokenize(content):
     names = {tokenize.STRING: "string", tokenize.NUMBER: "digit", tokenize.COMMENT: "comment"}
     names[tokenize.OP] = "operator"
     out = np.full(len(content), CLASSES.index("whitespace"), np.uint8)
+    place = lambda at: starts[at[0] - 1] + at[1]
+    opened = []  # where f-strings begin: from Python 3.12 on they are several tokens
     for token in tokenize.tokenize(io.BytesIO(content).readline):
-        name = names.get(token.type)
+        name, begin, end = names.get(token.type), place(token.start), place(token.end)
+        kind = tokenize.tok_name[token.type]
+        if kind == "FSTRING_START":
+            opened.append(begin)
+        elif kind == "FSTRING_END":
+            name, begin = "string", opened.pop()
         if token.type == tokenize.NAME:
             name = "keyword" if keyword.iskeyword(token.string) else "identifier"
         if name:
-            begin, end = (starts[row - 1] + column for row, column in (token.start, token.end))
             out[begin:end] = CLASSES.index(name)
     # A backslash that joins two lines is no token of the interpreter's; our lexer calls it an operator.
     joins = np.frombuffer(content, np.uint8) == ord("\\")

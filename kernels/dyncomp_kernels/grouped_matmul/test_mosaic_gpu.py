@@ -4,12 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dyncomp_kernels.grouped_matmul import mosaic_gpu, mosaic_wide
 from dyncomp_kernels.grouped_matmul.api import explain, grouped_matmul
 from dyncomp_kernels.grouped_matmul.cases import LANES, LARGE, SMALL, Case
 from dyncomp_kernels.grouped_matmul.selfcheck import flop_ratios
 from dyncomp_kernels.grouped_matmul.test_grouped_matmul import by_hand, problem
 from dyncomp_kernels.grouped_matmul.tiles import tiles
+
+try:
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+except ImportError:
+    get_races = None
 
 ODD = Case("odd", 301, 128, 256, (3, 0, 150, 1, 97))
 
@@ -47,7 +54,44 @@ def test_tiles_cover_every_row_once_within_its_group(case):
 def test_lowers_for_cuda_without_one(case):
     text = jax.export.export(jax.jit(both), platforms=["cuda"])(*shapes(case)).mlir_module()
     assert text.count("mosaic_gpu") >= 3
-    assert "stablehlo.while" not in text
+    assert "stablehlo.while" not in text.split("func.func private")[0]  # no portable loop
+
+
+WIDE = (Case("pairs", 301, 256, 512, ODD.sizes), Case("no_pairs", 150, 384, 256, (3, 0, 80, 1)))
+
+
+@pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="from jax 0.11 on")
+@pytest.mark.parametrize("name", ["forward", "row_gradient", "weight_gradient"])
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
+def test_wide_kernels_by_the_interpreter(name, case, monkeypatch):
+    """In an order that real blocks could take; a copy that may overtake its reader would be called a race."""
+    monkeypatch.setattr(mosaic_gpu, "SMS", 4)
+    monkeypatch.setattr(mosaic_wide, "SLOTS", 1)  # the interpreter counts no groups of copies
+    rows, weights, sizes = problem(case, "bfloat16")
+    cotangent = jnp.asarray(np.random.default_rng(2).normal(size=(case.m, case.n)), "bfloat16")
+    number = ("forward", "row_gradient", "weight_gradient").index(name)
+    exact = by_hand(rows, weights, sizes, cotangent)[number]
+    unused = slice(sum(case.sizes), None)
+    rows, cotangent = rows.at[unused].set(jnp.nan), cotangent.at[unused].set(jnp.nan)
+    args = ((rows, weights), (cotangent, weights), (rows, cotangent))[number]
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        found = getattr(mosaic_gpu, name)(*args, sizes)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), exact, atol=1e-2 * np.abs(exact).max()
+    )
+    assert not get_races().races_found
+
+
+def test_edges_hold_only_own_rows():
+    sizes = jnp.asarray((3, 0, 150, 1, 97), jnp.int32)
+    ends = jnp.cumsum(sizes)
+    rows = jnp.arange(1.0, 302)[:, None]
+    first, steps = mosaic_wide.span(ends - sizes, ends)
+    assert list(first) == [0, 0, 0, 152, 152] and list(steps) == [1, 0, 3, 1, 2]
+    found = np.asarray(mosaic_wide.edges(rows, ends - sizes, ends)).reshape(5, 2, 64)
+    assert list(found[2, 0]) == [0, 0, 0, *range(4, 65)]
+    assert list(found[2, 1]) == [*range(129, 154), *[0] * 39]
+    assert list(found[4, 0]) == [0, 0, *range(155, 217)] and not found[1].any()
 
 
 def test_lowers_inside_shard_map():

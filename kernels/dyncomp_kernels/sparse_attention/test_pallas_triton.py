@@ -66,14 +66,16 @@ def both(q, k, v, lists):
 
 @pytest.mark.parametrize("p", [64, 128])
 def test_lowers_for_cuda_without_one(p):
-    fn = jax.jit(both)
-    text = jax.export.export(
-        fn, platforms=["cuda"], disabled_checks=CHECKS
-    )(*shapes(p)).mlir_module()  # fmt: skip
+    export = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=CHECKS)
+    with jax.sharding.use_abstract_mesh(H100):
+        text = export(*shapes(p)).mlir_module()
     for name in ("forward", "query_gradient", "key_gradients"):
         assert f"sparse_attention_{name}" in text
 
 
+H100 = jax.sharding.AbstractMesh(
+    (), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+)  # from jax 0.11 on, Pallas asks which GPU
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
 
 

@@ -1,0 +1,267 @@
+"""Bodies of the wide Mosaic GPU kernels: persistent blocks of three warpgroups take tiles of 128 x 256 in turn.
+
+::
+
+    a tile of the result                    the third warpgroup copies (TMA) what coming steps read, also those of the
+    |  warpgroup 0: rows  0 ..  63  |       next tile; the two others multiply (wgmma), each its half of the rows, and
+    |  warpgroup 1: rows 64 .. 127  |       store the sums
+
+Two blocks may be a pair (a cluster): they take two tiles that share an operand, and each copies half of it for both.
+Every tile is multiplied whole, a group's last one too.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dyncomp_kernels.grouped_matmul.mosaic_kernels import INNER, LAYOUT, TILE
+from dyncomp_kernels.grouped_matmul.tiles import ALIGNED
+
+WIDE, HALF, CHUNK = 256, 64, 64
+"""Columns of a tile, rows of a warpgroup's half, columns that are stored at once."""
+
+STEPS, SLOTS = 4, 2
+"""Steps in flight, chunks being stored."""
+
+WIDTH, NARROW = 16, 8
+"""Column tiles that share the rows in the cache: of a product, of a weight gradient."""
+
+HALVES, COPIER, REGISTERS = 2, 2, (232, 40)
+"""Warpgroups that multiply, index of the one that copies, registers of their threads and of its."""
+
+PART, PAIR = "part", "pair"
+"""Names of the axes of warpgroups and of the blocks of a pair."""
+
+ROWWISE = plgpu.TilingTransform((1, CHUNK)), plgpu.SwizzleTransform(128)
+"""As the copy engine takes any row to begin with."""
+
+
+class Tile(NamedTuple):
+    """What a block does for one tile.
+
+    Attributes:
+      steps: int32, how many slabs are multiplied.
+      copy: of (step, memory for the left slab, for the right one, barrier that counts both).
+      store: of the sums of a half [64 256] and the memory that copies start from.
+    """
+
+    steps: Any
+    copy: Callable[..., None]
+    store: Callable[..., None]
+
+
+def product_kernel(transposed: bool, paired: bool, live, group, base, skip, own, left, right, out):
+    """Forward and row gradient: rows of a tile (`tiles.Tiles`) with their group's matrix; own rows are stored."""
+    groups, inner = right.shape[0], left.shape[1]
+    columns = out.shape[1] // WIDE // (1 + paired)
+    shared = PAIR if paired else None
+
+    def tile(index) -> Tile:
+        at, column = _place(index, live[0], columns, WIDTH // (1 + paired))
+        if paired:
+            column = 2 * column + lax.axis_index(PAIR)
+        weights = right.at[jnp.minimum(group[at], groups - 1)]
+        rows, across = pl.ds(pl.multiple_of(base[at], ALIGNED), TILE), pl.ds(column * WIDE, WIDE)
+
+        def copy(step, a, b, barrier):
+            inside = pl.ds(step * INNER, INNER)
+            place = (across, inside) if transposed else (inside, across)
+            plgpu.copy_gmem_to_smem(left.at[rows, inside], a, barrier, collective_axes=shared)
+            plgpu.copy_gmem_to_smem(weights.at[place], b, barrier)
+
+        def store(total, kept):
+            first = lax.axis_index(PART) * HALF
+            top = jnp.clip(skip[at] - first, 0, HALF)
+            count = jnp.clip(skip[at] + own[at] - first, 0, HALF) - top
+            place = lambda row, n, i: out.at[
+                pl.ds(base[at] + first + row, n), pl.ds(column * WIDE + i, CHUNK)
+            ]
+            _store_rows(total, kept, top, count, place)
+
+        return Tile(jnp.where(group[at] < groups, inner // INNER, 0), copy, store)
+
+    def operands(a, b):
+        mine = a.at[pl.ds(lax.axis_index(PART) * HALF, HALF)]
+        return mine, b.transpose((1, 0)) if transposed else b
+
+    slabs = (TILE, INNER), (WIDE, INNER) if transposed else (INNER, WIDE)
+    _persistent(live[0] * columns, tile, operands, slabs, ROWWISE, left.dtype, paired)
+
+
+def weight_kernel(paired: bool, starts, ends, left, right, left_edges, right_edges, out) -> None:
+    """Weight gradient: a tile adds up all rows of its group; an empty group's is zero.
+
+    A group's first and last step come out of ``left_edges`` and ``right_edges``, without other groups' rows
+    (`edges`).
+    """
+    groups, k, n = out.shape
+    grid = k // TILE // (1 + paired), n // WIDE
+    shared = PAIR if paired else None
+
+    def tile(index) -> Tile:
+        group, inside = lax.div(index, grid[0] * grid[1]), lax.rem(index, grid[0] * grid[1])
+        row, column = _place(inside, *grid, NARROW)
+        if paired:
+            row = 2 * row + lax.axis_index(PAIR)
+        first, steps = span(starts[group], ends[group])
+        down, across = pl.ds(row * TILE, TILE), pl.ds(column * WIDE, WIDE)
+
+        def copy(step, a, b, barrier):
+            def pair(x, y, begin):
+                rows = pl.ds(begin, INNER)
+                plgpu.copy_gmem_to_smem(x.at[rows, down], a, barrier)
+                plgpu.copy_gmem_to_smem(y.at[rows, across], b, barrier, collective_axes=shared)
+
+            edge = (step == 0) | (step == steps - 1)
+            last = jnp.where(step == 0, 0, 1)
+
+            @pl.when(edge)
+            def _():
+                pair(left_edges, right_edges, (2 * group + last) * INNER)
+
+            @pl.when(jnp.logical_not(edge))
+            def _():
+                pair(left, right, pl.multiple_of(first + step * INNER, ALIGNED))
+
+        def store(total, kept):
+            rows = pl.ds(row * TILE + lax.axis_index(PART) * HALF, HALF)
+            for i in range(0, WIDE, CHUNK):
+                slot = _fill(kept, total, i)
+                plgpu.copy_smem_to_gmem(slot, out.at[group, rows, pl.ds(column * WIDE + i, CHUNK)])
+
+        return Tile(steps, copy, store)
+
+    def operands(a, b):
+        return a.at[:, pl.ds(lax.axis_index(PART) * HALF, HALF)].transpose((1, 0)), b
+
+    slabs = (INNER, TILE), (INNER, WIDE)
+    _persistent(groups * grid[0] * grid[1], tile, operands, slabs, LAYOUT, left.dtype, paired)
+
+
+def span(start, end):
+    """First row that the steps of a group read, a multiple of 8, and how many steps of 64 rows there are."""
+    first = start - lax.rem(start, jnp.int32(ALIGNED))
+    return first, jnp.where(end > start, lax.div(end - first + (INNER - 1), jnp.int32(INNER)), 0)
+
+
+def edges(rows, starts, ends):
+    """The first 64 and the last 64 rows that a group's steps read, with zeros for other groups' rows: [e 2 64 ...]."""
+    first, steps = span(starts, ends)
+    begin = jnp.stack([first, first + jnp.maximum(steps - 1, 0) * INNER], axis=1)
+    index = begin[..., None] + jnp.arange(INNER, dtype=jnp.int32)
+    own = (index >= starts[:, None, None]) & (index < ends[:, None, None])
+    taken = rows[jnp.minimum(index, rows.shape[0] - 1)]
+    return jnp.where(own[..., None], taken, 0).reshape(-1, rows.shape[1])
+
+
+def _place(index, rows, columns: int, width: int):
+    """Row and column of the ``index``-th tile: planes of ``width`` columns, to and fro over the rows."""
+    plane = lax.div(index, rows * width)
+    inside = index - plane * (rows * width)
+    wide = jnp.minimum(columns - plane * width, width)
+    row = lax.div(inside, wide)
+    column = plane * width + inside - row * wide
+    return jnp.where(lax.rem(plane, 2) == 1, rows - 1 - row, row), column
+
+
+def _persistent(count, tile, operands, slabs, layout, dtype, paired: bool) -> None:
+    """Runs the block's share of ``count`` tiles."""
+    mine, blocks = lax.axis_index("sm"), lax.axis_size("sm")
+    turns = lax.div(count - mine + (blocks - 1), blocks)
+
+    def roles(a, b, kept, filled, free):
+        slot = lambda step: lax.rem(step, STEPS)
+
+        def copies():
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+
+            def fill(i, begun):
+                do = tile(mine + i * blocks)
+
+                def step(j, _):
+                    at = slot(begun + j)
+
+                    @pl.when(begun + j >= STEPS)
+                    def _():
+                        plgpu.barrier_wait(free.at[at])
+
+                    do.copy(j, a.at[at], b.at[at], filled.at[at])
+
+                lax.fori_loop(0, do.steps, step, None)
+                return begun + do.steps
+
+            begun = lax.fori_loop(0, turns, fill, jnp.int32(0))
+            drain = lambda j, _: plgpu.barrier_wait(free.at[slot(j)])
+            lax.fori_loop(jnp.maximum(begun - STEPS, 0), begun, drain, None)
+
+        def products():
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
+
+            def multiply(i, begun):
+                do = tile(mine + i * blocks)
+
+                def steps(acc):
+                    def step(j, _):
+                        at = slot(begun + j)
+                        plgpu.barrier_wait(filled.at[at])
+                        plgpu.wgmma(acc, *operands(a.at[at], b.at[at]))
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(j > 0)
+                        def _():
+                            plgpu.barrier_arrive(free.at[slot(begun + j - 1)])
+
+                    lax.fori_loop(0, do.steps, step, None)
+                    total = acc[...]
+
+                    @pl.when(do.steps > 0)
+                    def _():
+                        plgpu.barrier_arrive(free.at[slot(begun + do.steps - 1)])
+
+                    do.store(total, kept.at[lax.axis_index(PART)])
+
+                pl.run_scoped(steps, plgpu.ACC((HALF, WIDE)))
+                return begun + do.steps
+
+            lax.fori_loop(0, turns, multiply, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        lax.cond(lax.axis_index(PART) == COPIER, copies, products)
+
+    free = {"num_arrivals": HALVES, "num_barriers": STEPS}
+    pl.run_scoped(
+        roles,
+        *(plgpu.SMEM((STEPS, *slab), dtype, transforms=LAYOUT) for slab in slabs),
+        plgpu.SMEM((HALVES, SLOTS, HALF, CHUNK), dtype, transforms=layout),
+        plgpu.Barrier(num_arrivals=len(slabs), num_barriers=STEPS),
+        plgpu.ClusterBarrier(collective_axes=(PAIR,), **free) if paired else plgpu.Barrier(**free),
+        collective_axes=PART,
+    )
+
+
+def _store_rows(total, kept, top, count, place) -> None:
+    """Writes ``count`` rows of ``total`` from ``top`` on, in copies of 64, 32 ... 1 rows: a copy's size is static."""
+    for i in range(0, WIDE, CHUNK):
+        slot = _fill(kept, total, i)
+        for size in (1 << bit for bit in reversed(range(HALF.bit_length()))):
+
+            @pl.when(count & size != 0)
+            def _(size=size, slot=slot, i=i):
+                row = top + (count & (-2 * size))  # after the larger copies
+                some = slot.at[pl.ds(row, size)]
+                plgpu.copy_smem_to_gmem(some, place(row, size, i), commit_group=False)
+
+        plgpu.commit_smem_to_gmem_group()
+
+
+def _fill(kept, total, i: int):
+    """The memory that holds the chunk of ``total`` from column ``i``, once earlier copies out of it are done."""
+    slot = kept.at[i // CHUNK % SLOTS]
+    plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+    slot[...] = total[:, i : i + CHUNK].astype(slot.dtype)
+    plgpu.commit_smem()
+    return slot
