@@ -188,12 +188,13 @@ def against(name: str) -> dict[str, Any]:
     mine, other = host(inputs), theirs(inputs)
     agree = float((mine.exits == other.exits).mean())
     found = {"batch": timing.interleaved(lambda: host(inputs), lambda: theirs(inputs), PAIRS)}
-    own = StreamExecutor(subject.net, inputs, bucket=BATCH).warm_up()
-    both = [
-        Saturated(subject, stream, BATCH, 2 * BATCH)
-        for stream in (own, exit_peer.stream(name, subject, BATCH))
-    ]
-    found["stream"] = timing.interleaved(*both, PAIRS)
+    streams = (
+        StreamExecutor(subject.net, inputs, bucket=BATCH),
+        exit_peer.stream(name, subject, BATCH),
+    )
+    streams[0].warm_up()
+    ours, peer = (Saturated(subject, stream, BATCH, 2 * BATCH) for stream in streams)
+    found["stream"] = timing.interleaved(ours, peer, PAIRS)
     return {**{how: vars(pairs) for how, pairs in found.items()}, "same_exit": agree}
 
 
@@ -284,7 +285,7 @@ def _served_fixed(
 def _waits(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for load, sides in found["loads"].items():
-        told = {
+        told: dict[str, Any] = {
             f"{side}_p{q}": float(np.percentile(waits, q))
             for side, waits in sides.items()
             for q in (50, 95, 99)

@@ -63,16 +63,21 @@ def flatten(net: Segmented, example: Any) -> Flat:
     one = jax.ShapeDtypeStruct((1, *row.shape), row.dtype)
     carry = jax.eval_shape(net.begin, net.begin_weights, one)
     leaves, tree = jax.tree.flatten(carry)
-    weights, functions = [], []
+    weights: list[Leaves] = []
+    functions: list[Callable[[int], Callable[..., tuple]]] = []
     for index, segment in enumerate(net.segments):
         own = (net.begin_weights, segment.weights) if index == 0 else segment.weights
         flat, structure = jax.tree.flatten(own)
         weights.append([jnp.asarray(leaf) for leaf in flat])
-        function = _function(net, graph, index, structure, tree)
-        functions.append(lambda bucket, function=function: function)
+        functions.append(_always(_function(net, graph, index, structure, tree)))
     slots = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
     prices = tuple(segment.cost for segment in net.segments)
     return Flat(graph, prices, net_thresholds(net), row, slots, weights, functions)
+
+
+def _always(function: Callable[..., tuple]) -> Callable[[int], Callable[..., tuple]]:
+    """The same for every row count."""
+    return lambda bucket: function
 
 
 def _function(

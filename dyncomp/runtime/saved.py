@@ -1,8 +1,10 @@
 """Segments on disk: a folder that runs without the model's source (`jax.export`)."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def save_segments(
         raise DyncompError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     arrays, lists = _distinct(flat.weights)
-    np.savez(folder / WEIGHTS, **{str(n): _bits(array) for n, array in enumerate(arrays)})
+    np.savez(folder / WEIGHTS, *map(_bits, arrays))
     for index in range(flat.graph.end):
         for bucket in buckets:
             shapes = flat.arguments(index, bucket, capacity)
@@ -93,17 +95,11 @@ def load_segments(folder: str | Path) -> tuple[Flat, int, tuple[int, ...]]:
             raise DyncompError(f"{folder / name} is missing or damaged; save the segments again")
     with np.load(folder / WEIGHTS, allow_pickle=False) as stored:
         arrays = [
-            jnp.asarray(stored[str(n)].view(jnp.dtype(dtype)))
+            jnp.asarray(stored[f"arr_{n}"].view(jnp.dtype(dtype)))
             for n, dtype in enumerate(told["dtypes"])
         ]
     graph = told["graph"]
     targets = tuple(map(tuple, graph["targets"]))
-    functions = [
-        lambda bucket, index=index: (
-            export.deserialize(bytearray((folder / _file(index, bucket)).read_bytes())).call
-        )
-        for index in range(len(targets))
-    ]
     flat = Flat(
         Graph(tuple(graph["names"]), targets, tuple(graph["trips"])),
         tuple(Cost(**price) for price in told["prices"]),
@@ -111,9 +107,15 @@ def load_segments(folder: str | Path) -> tuple[Flat, int, tuple[int, ...]]:
         _shape(told["row"]),
         [_shape(leaf) for leaf in told["carry"]],
         [[arrays[n] for n in own] for own in told["weights"]],
-        functions,
+        [functools.partial(_stored, folder, index) for index in range(len(targets))],
     )
     return flat, told["capacity"], tuple(told["buckets"])
+
+
+def _stored(folder: Path, index: int, bucket: int) -> Callable[..., tuple]:
+    """A segment's function for one row count."""
+    raw = (folder / _file(index, bucket)).read_bytes()
+    return export.deserialize(bytearray(raw)).call
 
 
 def _file(index: int, bucket: int) -> str:

@@ -169,8 +169,9 @@ class _OneProgram:
         """Runs a batch."""
         walk = self._run(self._traced.weights, inputs, jnp.asarray(self.thresholds))
         found = jax.device_get((walk.output, walk.exits, walk.scores, walk.visits, walk.rows))
+        output, exits, scores, visits, rows = found
         prices = tuple(segment.cost for segment in self.net.segments)
-        return executed(prices, self.graph, *found[:4], found[4].astype(np.int64))
+        return executed(prices, self.graph, output, exits, scores, visits, rows.astype(np.int64))
 
 
 class MaskedExecutor(_OneProgram):
