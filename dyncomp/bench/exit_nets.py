@@ -26,7 +26,7 @@ from dyncomp.models.group import Execution
 from dyncomp.runtime import MaskedExecutor, Segment, Segmented, from_model
 from dyncomp.runtime.buckets import powers_of_two
 
-DEPTH, QUICK_DEPTH, WIDTH, HEADS, CLASSES = 12, 4, 256, 4, 10
+DEPTH, QUICK_DEPTH, WIDTH, HEADS, CLASSES = 12, 3, 256, 4, 10
 SHARE = 1 / 3
 """Of the blocks, run by the mean example."""
 CALIBRATION = 512

@@ -20,7 +20,7 @@ from dyncomp.runtime import (
     StreamExecutor,
 )
 
-BATCH, PAIRS, QUICK_PAIRS = 64, 30, 3
+BATCH, QUICK_BATCH, PAIRS, QUICK_PAIRS = 64, 2, 30, 3
 WARM_UP = 2
 BACKLOG = 6
 """Batches that always wait in the saturated stream."""
@@ -50,14 +50,14 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 
 def planted(name: str, quick: bool) -> Planted:
     """One of the networks."""
-    return NETS[name](QUICK_DEPTH if quick else DEPTH, 8 if quick else BATCH)
+    return NETS[name](QUICK_DEPTH if quick else DEPTH, QUICK_BATCH if quick else BATCH)
 
 
 def executors(name: str, quick: bool) -> dict[str, Any]:
     """For each way to run: pairs of seconds (with exits, full network), FLOPs of both, what was compiled."""
     subject, batch, pairs = (
         planted(name, quick),
-        8 if quick else BATCH,
+        QUICK_BATCH if quick else BATCH,
         QUICK_PAIRS if quick else PAIRS,
     )
     inputs = subject.draw(batch, 3)
@@ -224,8 +224,8 @@ def _against(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def latencies(name: str, quick: bool) -> dict[str, Any]:
     """Seconds from arrival to output of every example, ours and the fixed server's, by load."""
-    subject, batch = planted(name, quick), 8 if quick else BATCH
-    arrivals = 24 if quick else ARRIVALS
+    subject, batch = planted(name, quick), QUICK_BATCH if quick else BATCH
+    arrivals = 6 if quick else ARRIVALS
     stream = StreamExecutor(subject.net, subject.draw(1, 0), bucket=batch, max_wait=MAX_WAIT)
     saturated = Saturated(subject, stream.warm_up(), batch, 4 * batch)
     begin = time.perf_counter()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dyncomp.core.ledger import Cost
+from dyncomp.runtime.check import check_shapes
 from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.segments import Carry, Segmented
 from dyncomp.runtime.traced import net_thresholds
@@ -61,6 +62,7 @@ def flatten(net: Segmented, example: Any) -> Flat:
     graph = Graph.of(net)
     row = jax.ShapeDtypeStruct(example.shape[1:], example.dtype)
     one = jax.ShapeDtypeStruct((1, *row.shape), row.dtype)
+    check_shapes(net, graph, one)
     carry = jax.eval_shape(net.begin, net.begin_weights, one)
     leaves, tree = jax.tree.flatten(carry)
     weights: list[Leaves] = []

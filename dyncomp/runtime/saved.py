@@ -112,7 +112,7 @@ def load_segments(folder: str | Path) -> tuple[Flat, int, tuple[int, ...]]:
     return flat, told["capacity"], tuple(told["buckets"])
 
 
-def _stored(folder: Path, index: int, bucket: int) -> Callable[..., tuple]:
+def _stored(folder: Path, index: int, bucket: int) -> Callable[..., Any]:
     """A segment's function for one row count."""
     raw = (folder / _file(index, bucket)).read_bytes()
     return export.deserialize(bytearray(raw)).call

@@ -18,6 +18,7 @@ from jax import lax
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int
+from dyncomp.runtime.check import check_shapes
 from dyncomp.runtime.executed import Executed, executed
 from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.segments import Carry, Segmented
@@ -87,8 +88,7 @@ class Traced:
 
     def _start(self, weights: Any, inputs: Any) -> Walk:
         carry = self.net.begin(weights[0], inputs)
-        first = functools.partial(self.net.segments[0].run, weights[1][0], carry)
-        output = jax.eval_shape(first, jax.ShapeDtypeStruct((), jnp.float32))[1]
+        output = check_shapes(self.net, self.graph, inputs)
         b, s = output.shape[0], self.graph.end
         return Walk(
             carry=carry,

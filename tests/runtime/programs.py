@@ -20,7 +20,7 @@ class Part:
     max_trips: int
 
 
-def random_parts(rng, segments=6, loops=True):
+def random_parts(rng, segments=4, loops=True):
     """Parts that lead forward to one to three others, one of them back where ``loops``; each is reached."""
     names = [f"s{n}" for n in range(segments)]
     parts = []
