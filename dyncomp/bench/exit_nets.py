@@ -72,8 +72,10 @@ def solved(net: Segmented, inputs: np.ndarray) -> Segmented:
     """The network with thresholds for `geometric` shares on these inputs."""
     depth = len(net.segments)
     everyone = dataclasses.replace(net, thresholds=[np.inf] * (depth - 1))
-    parts = [MaskedExecutor(everyone)(part).scores for part in np.array_split(inputs, 8)]
-    scores = np.concatenate(parts)[:, : depth - 1].T.astype(np.float64)
+    run = MaskedExecutor(everyone)
+    scores = np.concatenate([run(part).scores for part in np.array_split(inputs, 8)])[
+        :, : depth - 1
+    ].T.astype(np.float64)
     found = chain_thresholds(scores, geometric(depth, SHARE))
     return dataclasses.replace(net, thresholds=found.astype(np.float32).tolist())
 

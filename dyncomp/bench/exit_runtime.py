@@ -40,9 +40,9 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     """All rows of both networks; ``quick``: few blocks and pairs, one network."""
     found: list[dict[str, Any]] = []
     for name in list(NETS)[: 1 if quick else None]:
-        words = {"name": name, "quick": quick}
-        found += _realised(name, fresh.call(f"{__name__}:executors", words), quick)
-        found += _waits(name, fresh.call(f"{__name__}:latencies", words))
+        measured = fresh.call(f"{__name__}:served", {"name": name, "quick": quick})
+        found += _realised(name, measured["executors"], quick)
+        found += _waits(name, measured["latencies"])
         if exit_peer.available() and not quick:
             found += _against(name, fresh.call(f"{__name__}:against", {"name": name}))
     return found
@@ -51,6 +51,11 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 def planted(name: str, quick: bool) -> Planted:
     """One of the networks."""
     return NETS[name](QUICK_DEPTH if quick else DEPTH, QUICK_BATCH if quick else BATCH)
+
+
+def served(name: str, quick: bool) -> dict[str, Any]:
+    """`executors` and `latencies` of one network."""
+    return {"executors": executors(name, quick), "latencies": latencies(name, quick)}
 
 
 def executors(name: str, quick: bool) -> dict[str, Any]:
