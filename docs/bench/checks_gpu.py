@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from gpus import by_hand  # noqa: E402
 
 from dyncomp.attention.fused import fused_attention  # noqa: E402
 from dyncomp.experts import HopperSwiGLUBank  # noqa: E402
@@ -82,16 +83,6 @@ def pulled(fn: Callable[..., Any]) -> Callable[..., Any]:
         return out, *pull(cotangent)
 
     return both
-
-
-def by_hand(x: Any, w: Any, sizes: tuple[int, ...], dy: Any) -> tuple[Any, Any, Any]:
-    """Value and gradients of the grouped product, group by group."""
-    y, dx, dw, begin = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w), 0
-    for group, size in enumerate(sizes):
-        own = slice(begin, begin + size)
-        y[own], dx[own], dw[group] = x[own] @ w[group], dy[own] @ w[group].T, x[own].T @ dy[own]
-        begin += size
-    return y, dx, dw
 
 
 def swiglu(bank: Callable[..., Any], dtype: str) -> list[float]:

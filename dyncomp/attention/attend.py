@@ -167,7 +167,7 @@ def _one_query(
 def _each_row(
     rows: Float[Array, "b g n k"], matrix: Float[Array, "b g k m"]
 ) -> Float[Array, "b g n m"]:
-    """Rows times matrices, float32; up to `APART` rows each by itself, which then all run at the memory's speed."""
+    """Rows times matrices, float32; up to `APART` rows each by itself, as XLA's CPU compiler wants it."""
     whole = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     if rows.shape[2] > APART:
         return whole("bgnk,bgkm->bgnm", rows, matrix)

@@ -17,8 +17,7 @@ from flax import linen as nn
 from dyncomp.attention import Attention
 from dyncomp.bench import timing
 from dyncomp.core.ledger import Cost, Ledger
-from dyncomp.exits import ConfidenceRule, ExitBank
-from dyncomp.exits.calibration import chain_thresholds
+from dyncomp.exits import ConfidenceRule, ExitBank, solve_thresholds
 from dyncomp.exits.rules import confidence
 from dyncomp.experts import MLP, SwiGLU
 from dyncomp.models import Block, DecoderLM, ExitingClassifier, Group, VisionTransformer, layout
@@ -56,27 +55,14 @@ class Planted:
     params: Any
 
 
-def geometric(depth: int, share: float) -> np.ndarray:
-    """Shares [depth] of a geometric law, cut at the last, whose mean number of blocks is ``share`` of the depth."""
-    low, high = 0.0, 1.0
-    mean = lambda p: ((1 - p) ** np.arange(depth)).sum()
-    for _ in range(60):
-        p = (low + high) / 2
-        low, high = (p, high) if mean(p) > share * depth else (low, p)
-    shares = low * (1 - low) ** np.arange(depth)
-    shares[-1] = 1 - shares[:-1].sum()
-    return shares
-
-
 def solved(net: Segmented, inputs: np.ndarray) -> Segmented:
-    """The network with thresholds for `geometric` shares on these inputs."""
+    """The network with thresholds under which these inputs run `SHARE` of the blocks on average."""
     depth = len(net.segments)
     everyone = dataclasses.replace(net, thresholds=[np.inf] * (depth - 1))
     run = MaskedExecutor(everyone)
-    scores = np.concatenate([run(part).scores for part in np.array_split(inputs, 8)])[
-        :, : depth - 1
-    ].T.astype(np.float64)
-    found = chain_thresholds(scores, geometric(depth, SHARE))
+    scores = np.concatenate([run(part).scores for part in np.array_split(inputs, 8)])
+    own, blocks = scores[:, : depth - 1].astype(np.float64), np.arange(1.0, depth + 1)
+    found = solve_thresholds(own, blocks, max(1.0, SHARE * depth), shape="geometric")
     return dataclasses.replace(net, thresholds=found.astype(np.float32).tolist())
 
 

@@ -71,10 +71,10 @@ def executors(name: str, quick: bool) -> dict[str, Any]:
     host.warm_up()
     warm = {"seconds": time.perf_counter() - begin, "programs": host.compilations}
     ways: dict[str, Callable[[Any], Executed]] = {
-        f"host/{BATCH}": host,
-        f"masked/{BATCH}": MaskedExecutor(subject.net),
-        f"shared loop/{BATCH}": LaxExecutor(subject.net),
-        f"compact/{BATCH}": CompactExecutor(subject.net, () if quick else (1, 4, 16)),
+        f"host/{batch}": host,
+        f"masked/{batch}": MaskedExecutor(subject.net),
+        f"shared loop/{batch}": LaxExecutor(subject.net),
+        f"compact/{batch}": CompactExecutor(subject.net, () if quick else (1, 4, 16)),
     }
     found = {how: _pairs(subject, run, inputs, pairs) for how, run in ways.items()}
     one = HostExecutor(subject.net, inputs, capacity=1).warm_up()

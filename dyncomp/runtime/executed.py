@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,11 +66,15 @@ def executed(
 ) -> Executed:
     """The result, with a warning where a score was not a number: such an example did not leave there."""
     deciding = np.asarray([graph.decides(index) for index in range(graph.end)])
-    lost = int((np.isnan(scores) & (visits > 0) & deciding).any(axis=1).sum())
-    if lost:
-        warnings.warn(
-            f"{lost} of {len(scores)} examples had a score that is not a number and did not leave by it",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    warn_of_nan(np.any(np.isnan(scores) & (visits > 0) & deciding, axis=1))
     return Executed(outputs, exits, scores, visits, rows, prices, graph.names)
+
+
+def warn_of_nan(lost: Any) -> None:
+    """Says how many of some examples (bool [b]) had a score that decided nothing."""
+    if lost.any():
+        warnings.warn(
+            f"{int(lost.sum())} of {len(lost)} examples had a score that is not a number and did not leave by it",
+            RuntimeWarning,
+            stacklevel=4,
+        )

@@ -11,12 +11,12 @@ from dyncomp.runtime.buckets import powers_of_two, split
 from dyncomp.runtime.executed import Executed, executed
 from dyncomp.runtime.flat import Flat, flatten
 from dyncomp.runtime.graph import Graph
-from dyncomp.runtime.programs import Chunk, Programs
+from dyncomp.runtime.programs import Chunk, Driven, Programs
 from dyncomp.runtime.saved import load_segments
 from dyncomp.runtime.segments import Segmented
 
 
-class HostExecutor:
+class HostExecutor(Driven):
     """Runs batches segment by segment on those examples that need it.
 
     Only decisions come to the host between segments; outputs are fetched once, at the end. Not thread-safe.
@@ -58,31 +58,6 @@ class HostExecutor:
         made = cls.__new__(cls)
         made._set(*load_segments(folder), launch, speculate)
         return made
-
-    @property
-    def graph(self) -> Graph:
-        """Where examples may go."""
-        return self._programs.graph
-
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """Row counts that are compiled."""
-        return self._programs.buckets
-
-    @property
-    def thresholds(self) -> np.ndarray:
-        """float32 [s], may be written between batches."""
-        return self._programs.thresholds
-
-    @property
-    def compilations(self) -> int:
-        """Programs built so far."""
-        return self._programs.compilations
-
-    def warm_up(self) -> "HostExecutor":
-        """Compiles every segment at every bucket size, ahead of time."""
-        self._programs.warm_up()
-        return self
 
     def __call__(self, inputs: Any) -> Executed:
         """Runs a batch of at most ``capacity`` examples."""

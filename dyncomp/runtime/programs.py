@@ -1,13 +1,14 @@
 """Segments compiled ahead of time for a few row counts, on one buffer that holds what is carried of every slot."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.runtime.flat import Flat
+from dyncomp.runtime.graph import Graph
 
 
 class Chunk(NamedTuple):
@@ -28,6 +29,40 @@ class Chunk(NamedTuple):
     output: Any
     route: Any
     score: Any
+
+
+T = TypeVar("T", bound="Driven")
+
+
+class Driven:
+    """What executors that the host drives have in common."""
+
+    _programs: "Programs"
+
+    @property
+    def graph(self) -> Graph:
+        """Where examples may go."""
+        return self._programs.graph
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Row counts that are compiled."""
+        return self._programs.buckets
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """float32 [s], may be written between calls."""
+        return self._programs.thresholds
+
+    @property
+    def compilations(self) -> int:
+        """Programs built so far."""
+        return self._programs.compilations
+
+    def warm_up(self: T) -> T:
+        """Compiles every segment at every bucket size, ahead of time."""
+        self._programs.warm_up()
+        return self
 
 
 class Programs:

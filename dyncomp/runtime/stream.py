@@ -10,8 +10,9 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.runtime.buckets import powers_of_two, split
+from dyncomp.runtime.executed import warn_of_nan
 from dyncomp.runtime.flat import flatten
-from dyncomp.runtime.programs import Chunk, Programs
+from dyncomp.runtime.programs import Chunk, Driven, Programs
 from dyncomp.runtime.segments import Segmented
 
 IN_FLIGHT = 2
@@ -52,7 +53,7 @@ class _Queue:
         return [self.members.popleft() for _ in range(count)]
 
 
-class StreamExecutor:
+class StreamExecutor(Driven):
     """Serves a stream of examples through a network; batches form anew at every depth.
 
     The deepest segment for which a full bucket waits runs next, so what has begun ends first. One for which somebody
@@ -88,7 +89,6 @@ class StreamExecutor:
         # Every depth may hold one example less than a bucket, and the first must then still find room.
         slots = bucket * (len(net.segments) + IN_FLIGHT)
         self._programs = Programs(flatten(net, example), slots, powers_of_two(bucket))
-        self.graph = self._programs.graph
         self._free = list(range(slots))
         self._queues = [_Queue() for _ in net.segments]
         self._inputs: dict[int, np.ndarray] = {}
@@ -101,24 +101,9 @@ class StreamExecutor:
         self.needed = np.zeros(self.graph.end, np.int64)
 
     @property
-    def thresholds(self) -> np.ndarray:
-        """float32 [s], may be written at any time."""
-        return self._programs.thresholds
-
-    @property
-    def compilations(self) -> int:
-        """Programs built so far."""
-        return self._programs.compilations
-
-    @property
     def pending(self) -> int:
         """Examples that have not left."""
         return len(self._begun)
-
-    def warm_up(self) -> "StreamExecutor":
-        """Compiles every segment at every bucket size, ahead of time."""
-        self._programs.warm_up()
-        return self
 
     def submit(self, inputs: Any) -> list[int]:
         """Takes examples [n ...] in; returns a ticket for each."""
@@ -194,6 +179,8 @@ class StreamExecutor:
     def _read(self, chunk: Chunk) -> list[Finished]:
         index, slots, count = chunk.index, chunk.slots, len(chunk.slots)
         self._visits[slots, index] += 1
+        if self.graph.decides(index):
+            warn_of_nan(np.isnan(np.asarray(chunk.score)[:count]))
         route = np.asarray(chunk.route)[:count]
         onward = self.graph.onward(index, route, self._visits[slots, index])
         gone, now = onward == self.graph.end, self._clock()
@@ -204,6 +191,6 @@ class StreamExecutor:
         outputs = np.asarray(chunk.output)[:count][gone]
         self._free.extend(slots[gone].tolist())
         return [
-            Finished(ticket, output, index, now - self._begun.pop(ticket))
+            Finished(ticket, np.asarray(output), index, now - self._begun.pop(ticket))
             for ticket, output in zip(self._tickets[slots[gone]].tolist(), outputs, strict=True)
         ]

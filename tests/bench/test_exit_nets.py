@@ -13,15 +13,6 @@ def small(request):
     return request.param, exit_nets.NETS[request.param](4, 8)
 
 
-def test_geometric_shares_have_the_wanted_mean():
-    for depth, share in ((12, 1 / 3), (6, 0.5), (4, 0.9)):
-        shares = exit_nets.geometric(depth, share)
-        assert shares.sum() == pytest.approx(1) and (shares >= 0).all()
-        assert (shares * np.arange(1, depth + 1)).sum() == pytest.approx(share * depth)
-        ratios = shares[1:-1] / shares[:-2]
-        np.testing.assert_allclose(ratios, ratios[:1].repeat(len(ratios)))
-
-
 def test_exits_are_used_and_the_last_is_the_network_without_exits(small):
     _, subject = small
     inputs = subject.draw(64, 3)

@@ -146,6 +146,11 @@ def test_a_score_that_is_no_number_never_leaves_and_is_told():
         with pytest.warns(RuntimeWarning, match="1 of 4 examples"):
             found = make(net, inputs)(inputs)
         np.testing.assert_array_equal(found.exits, [2, 0, 0, 2])  # a tie leaves
+    stream = StreamExecutor(net, inputs, bucket=4)
+    stream.submit(inputs)
+    with pytest.warns(RuntimeWarning, match="1 of [42] examples"):  # at each of two segments
+        left = stream.drain()
+    assert {one.ticket: one.exit for one in left} == {0: 2, 1: 0, 2: 0, 3: 2}
 
 
 def test_what_a_segment_hands_on_unchanged_is_not_written():

@@ -4,9 +4,9 @@ Accelerators need no help. XLA's CPU compiler does, and how a matrix lies in mem
 
 - One row streams through float32 weights of any layout, through bfloat16 weights only where they lie transposed
   ([n k]) and the sums are float32; else a plain loop runs, at a fraction of the memory's speed.
-- A few rows (2 to `FEW`) run about twice as fast with transposed weights on the left, [n k] x [k rows], as with the
-  rows on the left. With weights that lie as [k n] that order is the slowest of all, so only who lays weights out
-  transposed asks for it: by ``transposed=True``, or `weights_transposed` around the code that calls.
+- A few rows (2 to `FEW`) run faster in float32 with transposed weights on the left, [n k] x [k rows], than with the
+  rows on the left; in bfloat16 transposed weights fall back to the plain loop unless they are there. Only who lays
+  weights out transposed asks for it: by ``transposed=True``, or `weights_transposed` around the code that calls.
 - Many rows: the order does not matter; bfloat16 wants float32 sums.
 
 Rounding float32 sums at the end is what the plain bfloat16 loop does, too. ``python -m
@@ -84,9 +84,10 @@ def _summed(rows: Array, weights: Array, axes: int, left: bool, dtype: Any) -> A
     outer, inner = rows.shape[: rows.ndim - axes], math.prod(weights.shape[:axes])
     x, w = rows.reshape(-1, inner), weights.reshape(inner, -1)
     if left:
-        # Without the barrier XLA turns the product round and drops both transposes.
-        product = lax.optimization_barrier(jnp.matmul(w.T, x.T, preferred_element_type=jnp.float32))
-        product = product.T
+        # Without the barrier XLA turns the product round. Rows turned by hand would make a plain loop of bfloat16.
+        last = (((1,), (1,)), ((), ()))
+        product = lax.dot_general(w.T, x, last, preferred_element_type=jnp.float32)
+        product = lax.optimization_barrier(product).T
     else:
         product = jnp.matmul(x, w, preferred_element_type=jnp.float32)
     return product.reshape(*outer, *weights.shape[axes:]).astype(dtype)

@@ -14,7 +14,7 @@ import numpy as np
 from dyncomp_kernels.dense_matmul.api import dense_matmul
 
 INNER, COLUMNS, COPIES, TURNS = 576, 1536, 30, 15
-ROWS = (1, 2, 8)
+ROWS = (1, 2, 8, 32)
 
 
 def rows() -> list[dict[str, Any]]:
