@@ -107,7 +107,8 @@ def _checked(result):
                 f"| {row['form']} | {row['numbers']} | {row['problems']} | {row['worst']:.1e} |"
                 for row in result["checks"]
             ),
-            f"\nThe test suite, before the commit that repaired it, on the CPUs of that machine (`{suite['command']}`; Python {suite['python']}, jax",
+            "\nThe test suite, before the commit that repaired it, on the CPUs of that machine",
+            f"(`{suite['command']}`; Python {suite['python']}, jax",
             f"{suite['jax']}, flax {suite['flax']}, optax {suite['optax']}, orbax {suite['orbax']}, numpy"
             f" {suite['numpy']}): {suite['passed']:,} passed,",
             f"{suite['skipped']} skipped, {suite['failed']} failed. Two of the ten needed Fashion-MNIST, which was not"
