@@ -43,7 +43,7 @@ class TorchPrograms:
     def __init__(self, name: str, subject: Planted, ours: Any):
         import os
 
-        import torch
+        import torch  # pyrefly: ignore
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.graph, self.buckets, self.flat = ours.graph, ours.buckets, ours.flat
