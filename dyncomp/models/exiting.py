@@ -141,6 +141,13 @@ class ExitingClassifier(nn.Module):
         state, leave, score = self.rule.step(carry["state"], logits, gate, threshold)
         return {"x": x, "state": state}, logits, leave, score
 
+    @staticmethod
+    def weights_of(params: Any, index: int | None) -> Any:
+        """The parameters, unstacked, that segment ``index`` uses; None: those of ``begin``."""
+        net = params["net"]
+        kept = {"patches": net["patches"]} if index is None else only_block(net, index)
+        return {**params, "net": kept}
+
     def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Cost]:
         """Price of each segment for one example: ``segment_i`` is block i with its exit (the first also embeds)."""
         net = self._template
@@ -186,3 +193,23 @@ def block_prices(table: dict[str, Any], net: Any, length: int) -> list[Cost]:
             period.append(total)
         prices.extend(period * group.repeat)
     return prices
+
+
+def only_block(net: Any, index: int) -> Any:
+    """A backbone's parameters, unstacked, without the blocks other than ``index``."""
+    kept = {}
+    for name, value in net.items():
+        if not name.startswith("group_"):
+            kept[name] = value
+    for name in sorted(
+        (n for n in net if n.startswith("group_")), key=lambda n: int(n.split("_")[1])
+    ):
+        layers = sorted(net[name], key=lambda n: int(n.rsplit("_", 1)[1]))
+        period = max(1, len(net[name][layers[0]]))
+        if 0 <= index < len(layers) * period:
+            layer, block = divmod(index, period)
+            kept[name] = {
+                layers[layer]: {f"block_{block}": net[name][layers[layer]][f"block_{block}"]}
+            }
+        index -= len(layers) * period
+    return kept

@@ -80,7 +80,8 @@ def from_model(model: Any, variables: Variables, inputs_shape: tuple[int, ...]) 
     """Segments of an `ExitingClassifier`, one a block, each with weights of its own.
 
     Args:
-      model: a module with ``begin``, ``segment``, ``depth``, ``cost`` and ``layers="unroll"``.
+      model: a module with ``begin``, ``segment``, ``depth``, ``cost``, ``layers="unroll"`` and
+        ``weights_of(params, index)``, the parameters that segment ``index`` (None: ``begin``) uses.
       variables: stacked or not, boxed or not.
       inputs_shape: [b h w c] (b is not looked at), for the costs.
     """
@@ -102,27 +103,6 @@ def from_model(model: Any, variables: Variables, inputs_shape: tuple[int, ...]) 
 
         return run
 
-    parts = [Segment(make(i), _only_block(params, i), prices[i]) for i in range(model.depth)]
-    embed = {**params, "net": {"patches": params["net"]["patches"]}}
+    parts = [Segment(make(i), model.weights_of(params, i), prices[i]) for i in range(model.depth)]
     thresholds = list(jax.device_get(variables["controls"]["thresholds"]))
-    return Segmented(begin, embed, parts, thresholds)
-
-
-def _only_block(params: Any, index: int) -> Any:
-    """The parameters that block ``index`` and its exit use (other blocks left out)."""
-    net, kept = params["net"], {}
-    for name, value in net.items():
-        if not name.startswith("group_"):
-            kept[name] = value
-    for name in sorted(
-        (n for n in net if n.startswith("group_")), key=lambda n: int(n.split("_")[1])
-    ):
-        layers = sorted(net[name], key=lambda n: int(n.rsplit("_", 1)[1]))
-        period = max(1, len(net[name][layers[0]]))
-        if 0 <= index < len(layers) * period:
-            layer, block = divmod(index, period)
-            kept[name] = {
-                layers[layer]: {f"block_{block}": net[name][layers[layer]][f"block_{block}"]}
-            }
-        index -= len(layers) * period
-    return {**params, "net": kept}
+    return Segmented(begin, model.weights_of(params, None), parts, thresholds)

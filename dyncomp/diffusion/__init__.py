@@ -1,0 +1,1 @@
+"""Diffusion models: schedules, samplers, and exits within a denoising step."""

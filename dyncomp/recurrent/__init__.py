@@ -1,0 +1,1 @@
+"""Depth in time: adaptive solvers of differential equations, fixed points, spiking steps."""
