@@ -46,8 +46,36 @@ def section(result):
             "\nRatios:",
             *(f"- {reference}" for reference in references),
             "",
+            *_waits([row for row in result["rows"] if "ours_p95" in row]),
+            *_warm([row for row in result["rows"] if "warm_up_seconds" in row]),
         ]
     )
+
+
+def _waits(rows):
+    """Percentiles of latencies."""
+    if not rows:
+        return []
+    cell = lambda row, side: " / ".join(f"{1e3 * row[f'{side}_p{q}']:.0f}" for q in (50, 95, 99))  # noqa: E731
+    return [
+        "Milliseconds from arrival to output, p50 / p95 / p99:\n",
+        "| row | arrivals a second | stream | fixed depth |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| `{row['id']}` | {row['arrivals_a_second']:.0f} | {cell(row, 'ours')} | {cell(row, 'peer')} |"
+            for row in rows
+        ),
+        "",
+    ]
+
+
+def _warm(rows):
+    """What was compiled."""
+    return [
+        f"`{row['id']}`: {row['programs']} programs compiled in {row['warm_up_seconds']:.0f} s of warm-up, "
+        f"{row['compiled_after_warm_up']} after it.\n"
+        for row in rows
+    ]
 
 
 def gpus(result):

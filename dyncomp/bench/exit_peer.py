@@ -65,7 +65,7 @@ class TorchPrograms:
                 self._buffer[rows] = x
             leave = score >= float(self.thresholds[index])
             found = [part.numpy() for part in (logits, leave, score)]
-        return Chunk(index, len(slots), slots, *found)
+        return Chunk(index, len(slots), slots, np.arange(len(slots)), *found)
 
 
 class _Net:

@@ -25,6 +25,7 @@ class RunFiles:
       summary: summary.json.
       pareto: the summary's points with ``flops_needed``, ``flops_executed``, ``seconds`` and the headline metric.
       decisions: arrays of decisions.npz, see `dyncomp.report.decisions`.
+      exits: arrays of exits.npz, see `dyncomp.report.calibrated`.
       config: text of config.gin.
       environment: environment.json.
       damaged: names of files that are there but can't be read.
@@ -36,6 +37,7 @@ class RunFiles:
     summary: dict[str, Any]
     pareto: list[dict[str, Any]]
     decisions: dict[str, np.ndarray]
+    exits: dict[str, np.ndarray]
     config: str
     environment: dict[str, Any]
     damaged: tuple[str, ...] = ()
@@ -63,6 +65,7 @@ def read_run(workdir: Path, name: str) -> RunFiles:
         summary=summary,
         pareto=[p for p in points if isinstance(p, dict)] if isinstance(points, list) else [],
         decisions=_arrays(workdir / "decisions.npz", damaged),
+        exits=_arrays(workdir / "exits.npz", damaged),
         config=config.read_text(errors="replace") if config.is_file() else "",
         environment=_object(workdir / "environment.json", damaged),
         damaged=tuple(damaged),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dyncomp.core.errors import DyncompError
+from dyncomp.report import calibrated
 from dyncomp.report.curves import curve, metric_names
 from dyncomp.report.decisions import pictures
 from dyncomp.report.load import RunFiles, mapping, number, read_run
@@ -138,6 +139,7 @@ def _run(run: RunFiles) -> str:
     parts = [
         f'<p class="note">{escape("; ".join(unread))}</p>' if unread else "",
         *shown,
+        _calibrated(run),
         _details("Ledger: what was computed, by event", _objects(ledger)),
         _details("Settings of the Pareto plot", _objects([_flat(point) for point in run.pareto])),
         _details("Notes", _list([*_texts(run, "notes"), *_texts(run, "not_loaded")])),
@@ -145,6 +147,26 @@ def _run(run: RunFiles) -> str:
         _details("Environment", table(["what", "value"], _pairs(run.environment))),
     ]
     return _section(run.name, "".join(parts))
+
+
+def _calibrated(run: RunFiles) -> str:
+    """How far each exit's probabilities can be trusted."""
+    if not run.exits:
+        return ""
+    try:
+        outputs = calibrated.Outputs.of(run.exits)
+    except (DyncompError, KeyError, ValueError) as error:
+        return f'<p class="note">exits.npz is not shown: {escape(str(error))}</p>'
+    note = (
+        "Of validation examples: every exit as if all left there, and what was emitted. "
+        f"Conformal sets miss at most {calibrated.ALPHA:.0%} in expectation; their thresholds come from the first half "
+        "of the examples, the figures from the second."
+    )
+    body = _objects(calibrated.figures(outputs))
+    plots = [calibrated.reliability(outputs), calibrated.classes(outputs)]
+    drawn = "".join(f"<figure>{plot}</figure>" for plot in plots)
+    head = f'<h3>Calibration of the exits</h3><p class="note">{escape(note)}</p>'
+    return f'{head}{body}<div class="grid">{drawn}</div>'
 
 
 def _texts(run: RunFiles, key: str) -> list[str]:

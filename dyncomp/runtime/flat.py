@@ -28,8 +28,8 @@ class Flat:
       carry: shape and dtype of one slot's leaves.
       weights: of each segment; equal arrays are one object.
       functions: of each segment, by row count, ``(weights, buffer, rows, threshold[, inputs]) -> (buffer, output,
-        route, score)``. Rows past the buffer are padding. Only the first takes inputs; one after which all leave gives
-        an empty buffer.
+        route, score)``. Rows past the buffer are padding; as many rows as slots stand each at its own. Only the first
+        takes inputs; one after which all leave gives an empty buffer.
     """
 
     graph: Graph
@@ -90,21 +90,34 @@ def _function(
 
     def fn(weights: Leaves, buffer: Leaves, rows: Any, threshold: Any, inputs: Any = None) -> tuple:
         own = structure.unflatten(weights)
+        whole = all(leaf.shape[0] == rows.shape[0] for leaf in buffer)
         if index == 0:
             first, own = own
             carry = net.begin(first, inputs)
             same = [False] * len(buffer)
         else:
-            carry = tree.unflatten([leaf.at[rows].get(mode="clip") for leaf in buffer])
+            take = lambda leaf: leaf if whole else leaf.at[rows].get(mode="clip")
+            carry = tree.unflatten([take(leaf) for leaf in buffer])
             same = _untouched(run, own, carry, threshold)
         carry, *result = run(own, carry, threshold)
         if graph.ends(index):
             return [], *result
-        put = lambda leaf, new: leaf.at[rows].set(new.astype(leaf.dtype), mode="drop")
+        put = _kept if whole else _scattered
         both = zip(buffer, jax.tree.leaves(carry), same, strict=True)
-        return [old if kept else put(old, new) for old, new, kept in both], *result
+        return [old if kept else put(old, rows, new) for old, new, kept in both], *result
 
     return fn
+
+
+def _scattered(leaf: Any, rows: Any, new: Any) -> Any:
+    """Writes rows at their slots."""
+    return leaf.at[rows].set(new.astype(leaf.dtype), mode="drop")
+
+
+def _kept(leaf: Any, rows: Any, new: Any) -> Any:
+    """Every slot's new row, where there is one."""
+    real = (rows < leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+    return jnp.where(real, new.astype(leaf.dtype), leaf)
 
 
 def _untouched(run: Callable[..., Any], weights: Any, carry: Carry, threshold: Any) -> list[bool]:

@@ -127,7 +127,7 @@ class _Walk:
     def read(self, chunk: Chunk) -> None:
         """Waits for a launch's decisions and moves its examples on, but those that left before it."""
         index, slots = chunk.index, chunk.slots
-        route = np.asarray(chunk.route)[: len(slots)]
+        route = np.asarray(chunk.route)[chunk.places]
         here = self.at[slots] == index
         self.visits[slots[here], index] += 1
         onward = self.graph.onward(index, route, self.visits[slots, index])
@@ -141,8 +141,8 @@ class _Walk:
         sample = self._read[0][0].output
         outputs = np.zeros((len(self.at), *sample.shape[1:]), sample.dtype)
         scores = np.full((len(self.at), self.graph.end), np.nan, np.float32)
-        for (index, _, slots, output, _, score), here, gone in self._read:
-            scores[slots[here], index] = np.asarray(score)[: len(slots)][here]
+        for (index, _, slots, places, output, _, score), here, gone in self._read:
+            scores[slots[here], index] = np.asarray(score)[places[here]]
             if gone.any():
-                outputs[slots[gone]] = np.asarray(output)[: len(slots)][gone]
+                outputs[slots[gone]] = np.asarray(output)[places[gone]]
         return executed(prices, self.graph, outputs, self.exits, scores, self.visits, self.rows)

@@ -18,7 +18,8 @@ class Chunk(NamedTuple):
       index: of the segment.
       size: rows it ran, padding included.
       slots: int [n], whose they were.
-      output: [size ...]; the first n rows count, as in what follows.
+      places: int [n], which of the rows these are in what follows.
+      output: [size ...].
       route: [size].
       score: [size].
     """
@@ -26,6 +27,7 @@ class Chunk(NamedTuple):
     index: int
     size: int
     slots: np.ndarray
+    places: np.ndarray
     output: Any
     route: Any
     score: Any
@@ -70,7 +72,8 @@ class Programs:
 
     A segment gathers the rows of its slots, runs, and writes back what it changed, in place: the buffer is donated. So
     there is one program for a segment and bucket, whichever rows they are. What a segment does not read is not
-    gathered, and what it hands on as it was is not written.
+    gathered, and what it hands on as it was is not written. The bucket of ``capacity`` rows is the buffer itself and
+    moves nothing: every slot stands at its own place, those of others keep what they have.
 
     Args:
       flat: the network.
@@ -109,16 +112,16 @@ class Programs:
           slots: int [n].
           inputs: [n ...], for the first segment only.
         """
+        places = slots if size == self.capacity else np.arange(len(slots))
         rows = np.full(size, self.capacity, np.int32)
-        rows[: len(slots)] = slots
+        rows[places] = slots
         args = (self.flat.weights[index], self._buffer, rows, self.thresholds[index])
         if index == 0:
-            padding = [(0, size - len(slots))] + [(0, 0)] * (inputs.ndim - 1)
-            args += (np.pad(inputs, padding, "edge") if size > len(slots) else inputs,)
+            args += (_placed(inputs, places, size),)
         buffer, *result = self._program(index, size)(*args)
         if not self.graph.ends(index):
             self._buffer = buffer
-        return Chunk(index, size, slots, *result)
+        return Chunk(index, size, slots, places, *result)
 
     def _program(self, index: int, bucket: int) -> Any:
         key = (index, bucket)
@@ -126,3 +129,12 @@ class Programs:
             shapes = self.flat.arguments(index, bucket, self.capacity)
             self._compiled[key] = self.flat.program(index, bucket).lower(*shapes).compile()
         return self._compiled[key]
+
+
+def _placed(inputs: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+    """Inputs at their places among ``size`` rows; copies of a real one elsewhere, so that padding is never odd."""
+    if np.array_equal(places, np.arange(size)):
+        return inputs
+    placed = np.repeat(inputs[:1], size, axis=0)
+    placed[places] = inputs
+    return placed

@@ -177,18 +177,18 @@ class StreamExecutor(Driven):
         self._flying.append(self._programs.launch(index, size, slots, inputs))
 
     def _read(self, chunk: Chunk) -> list[Finished]:
-        index, slots, count = chunk.index, chunk.slots, len(chunk.slots)
+        index, slots, places = chunk.index, chunk.slots, chunk.places
         self._visits[slots, index] += 1
         if self.graph.decides(index):
-            warn_of_nan(np.isnan(np.asarray(chunk.score)[:count]))
-        route = np.asarray(chunk.route)[:count]
+            warn_of_nan(np.isnan(np.asarray(chunk.score)[places]))
+        route = np.asarray(chunk.route)[places]
         onward = self.graph.onward(index, route, self._visits[slots, index])
         gone, now = onward == self.graph.end, self._clock()
         for slot, target in zip(slots[~gone].tolist(), onward[~gone].tolist(), strict=True):
             self._queues[target].add(slot, now)
         if not gone.any():
             return []
-        outputs = np.asarray(chunk.output)[:count][gone]
+        outputs = np.asarray(chunk.output)[places[gone]]
         self._free.extend(slots[gone].tolist())
         return [
             Finished(ticket, np.asarray(output), index, now - self._begun.pop(ticket))

@@ -24,6 +24,7 @@ from dyncomp.training import compile_cache, records
 from dyncomp.training.checkpoint import Checkpointer, steps_in
 from dyncomp.training.engine import Engine
 from dyncomp.training.evaluate import Evaluator, compute, save_decisions, spent
+from dyncomp.training.exit_outputs import save_exit_outputs
 from dyncomp.training.memory import Measured
 from dyncomp.training.records import Timings
 from dyncomp.training.run import Run
@@ -289,6 +290,7 @@ class Session:
         }
         if run.capture:
             save_decisions(run, variables, self.workdir / "decisions.npz")
+            save_exit_outputs(run, variables, self.workdir / "exits.npz")
         records.write_json(self.workdir / "summary.json", summary)
         return summary
 

@@ -70,3 +70,14 @@ def test_exits_and_images_of_a_trained_classifier(trained, tmp_path):
     # Pixels of a digit are 0..16; the batch's darkest and brightest stand for 0 and 1.
     raw = inputs * 6.02 + 4.88
     np.testing.assert_allclose(images, raw / 16, atol=1e-5)
+
+
+def test_calibration_of_a_trained_classifier(trained, tmp_path):
+    text = write_report([trained], tmp_path / "r.html").read_text()
+    kept = np.load(trained / "exits.npz")
+    x, n, c = kept["logits"].shape
+    assert (x, c) == (3, 10)
+    assert kept["targets"].shape == kept["exit"].shape == (n,)
+    assert "Calibration of the exits" in text
+    assert all(f"<td>{name}</td>" in text for name in ("exit 0", "exit 1", "exit 2", "emitted"))
+    assert 'aria-label="reliability of every exit"' in text
