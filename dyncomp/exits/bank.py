@@ -1,5 +1,7 @@
 """Heads and gates of all exits together: what plugs in between the blocks of a backbone."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -16,20 +18,24 @@ class ExitBank(nn.Module):
     Attributes:
       exits: y.
       classes: c.
-      hidden: see `ExitHeads`.
+      hidden, shared: see `ExitHeads`.
       gated: whether there are gates; a confidence rule needs none and is not charged for any.
     """
 
     exits: int
     classes: int
     hidden: int = 0
+    shared: bool = False
     gated: bool = True
     dtypes: DTypes = DTypes()
 
     def setup(self):  # noqa: D102
-        self.heads = ExitHeads(self.exits, self.classes, self.hidden, self.dtypes)
+        self.heads = self._heads()
         if self.gated:
             self.gates = ExitGates(self.exits, dtypes=self.dtypes)
+
+    def _heads(self, **kwargs: Any) -> ExitHeads:
+        return ExitHeads(self.exits, self.classes, self.hidden, self.shared, self.dtypes, **kwargs)
 
     def __call__(
         self, features: Float[Array, "*y b d"], index: int | None = None
@@ -45,8 +51,7 @@ class ExitBank(nn.Module):
 
     def cost(self, d_model: int) -> dict[str, Cost]:
         """Price of one example at one exit: ``heads`` and, if there are any, ``gates``."""
-        heads = ExitHeads(self.exits, self.classes, self.hidden, self.dtypes, parent=None)
-        table = {"heads": heads.cost(d_model)}
+        table = {"heads": self._heads(parent=None).cost(d_model)}
         if self.gated:
             table["gates"] = ExitGates(self.exits, parent=None).cost(self.classes)
         return table

@@ -13,17 +13,19 @@ from dyncomp.core.typing import Array, Float
 
 
 class ExitHeads(nn.Module):
-    """``y`` classifiers with stacked weights [y d c], linear or with one hidden layer.
+    """``y`` classifiers with stacked weights [y d c], linear or with one hidden layer, or one for all exits.
 
     Attributes:
       exits: y, how many exits there are before the final classifier.
       classes: c.
       hidden: width of a GELU layer between features and logits; 0 for a linear head.
+      shared: one head reads the features of every exit (weights [1 d c]).
     """
 
     exits: int
     classes: int
     hidden: int = 0
+    shared: bool = False
     dtypes: DTypes = DTypes()
 
     def __post_init__(self):
@@ -53,12 +55,15 @@ class ExitHeads(nn.Module):
 
     def _linear(self, name: str, x: Array, width: int, index: int | None) -> Array:
         """A batch of products [y b i] x [y i o] with float32 result; exit ``index`` alone if given."""
+        heads = 1 if self.shared else self.exits
         lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 2, batch_axis=(0,))
-        shape, dtype = (self.exits, x.shape[-1], width), self.dtypes.param
+        shape, dtype = (heads, x.shape[-1], width), self.dtypes.param
         kernel = param(self, f"{name}_kernel", lecun, shape, ("exits", "embed", None), dtype)
         zeros = nn.initializers.zeros_init()
-        bias = param(self, f"{name}_bias", zeros, (self.exits, width), ("exits", None), dtype)
-        if index is not None:
+        bias = param(self, f"{name}_bias", zeros, (heads, width), ("exits", None), dtype)
+        if self.shared:
+            kernel, bias = (jnp.broadcast_to(w, (x.shape[0], *w.shape[1:])) for w in (kernel, bias))
+        elif index is not None:
             kernel, bias = kernel[index : index + 1], bias[index : index + 1]
         y = jnp.einsum("ybi,yio->ybo", x, kernel.astype(x.dtype), preferred_element_type="float32")
         return y + bias.astype(jnp.float32)[:, None]

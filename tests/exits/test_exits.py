@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.test_util import check_grads
 
 from dyncomp.core.errors import DyncompError
@@ -88,8 +89,6 @@ def problem():
         "targets": jnp.asarray(np.random.default_rng(4).integers(0, C, B), jnp.int32),
         "mask": jnp.ones((B,)).at[-5:].set(0.0),
     }
-    from flax import linen as nn
-
     params = nn.meta.unbox(ExitBank(exits=Y, classes=C).init(jax.random.key(0), features))["params"]
     return params, features, final, batch, jnp.linspace(0.2, 1.0, Y + 1)
 
@@ -342,3 +341,16 @@ def test_bank_with_a_hidden_layer_and_no_gates():
     assert logits.shape == (2, 5, 3) and np.all(np.asarray(gates) == 0)
     assert set(bank.cost(D)) == {"heads"}
     assert bank.cost(D)["heads"].flops == 2 * (D * 4 + 4 * 3)
+
+
+def test_one_head_for_all_exits():
+    bank = ExitBank(exits=3, classes=4, shared=True, gated=False)
+    features = draw(5, 3, 2, D)
+    params = nn.meta.unbox(jax.jit(bank.init)(jax.random.key(0), features))
+    heads = params["params"]["heads"]
+    assert heads["logits_kernel"].shape == (1, D, 4)
+    logits, _ = bank.apply(params, features)
+    kernel = np.asarray(heads["logits_kernel"][0], np.float64)
+    np.testing.assert_allclose(logits, features.astype(np.float64) @ kernel, atol=1e-5)
+    alone, _ = bank.apply(params, features[1], 1)
+    np.testing.assert_array_equal(alone, logits[1])
