@@ -345,12 +345,12 @@ def test_bank_with_a_hidden_layer_and_no_gates():
 
 def test_one_head_for_all_exits():
     bank = ExitBank(exits=3, classes=4, shared=True, gated=False)
-    features = draw(5, 3, 2, D)
+    features = jnp.asarray(draw(5, 3, 2, D))
     params = nn.meta.unbox(jax.jit(bank.init)(jax.random.key(0), features))
     heads = params["params"]["heads"]
     assert heads["logits_kernel"].shape == (1, D, 4)
     logits, _ = bank.apply(params, features)
     kernel = np.asarray(heads["logits_kernel"][0], np.float64)
-    np.testing.assert_allclose(logits, features.astype(np.float64) @ kernel, atol=1e-5)
+    np.testing.assert_allclose(logits, np.asarray(features, np.float64) @ kernel, atol=1e-5)
     alone, _ = bank.apply(params, features[1], 1)
     np.testing.assert_array_equal(alone, logits[1])
