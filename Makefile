@@ -51,8 +51,11 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
+# Tests compile the same small programs again and again: within a run, each process finds what another has compiled.
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	@compiled=$$(mktemp -d) && trap 'rm -rf "$$compiled"' EXIT && set -x && \
+	  JAX_COMPILATION_CACHE_DIR=$$compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.stamp-peers
 	DYNCOMP_SMOLLM2="$${DYNCOMP_SMOLLM2:-$$(ls $(SMOLLM2)/*.whl 2>/dev/null)}" $(BIN)/pytest -m peers $(PYTEST_ARGS)

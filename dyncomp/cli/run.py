@@ -40,6 +40,12 @@ def add(commands: Any) -> None:
         metavar="N",
         help="exit code, 1 to 255, when SIGTERM made it save and stop (default: %(default)s)",
     )
+    parser.add_argument(
+        "--profile",
+        default="",
+        metavar="steps=A..B",
+        help="trace these steps into WORKDIR/profile, for xprof or TensorBoard",
+    )
     json_flag(parser)
 
 
@@ -73,6 +79,7 @@ def _main(args: argparse.Namespace) -> None:
         progress=not (args.no_progress or args.json),
         quick=args.quick,
         exit_code=args.preempt_code,
+        profile=args.profile,
     )
     report = _report(workdir, summary)
     if args.json:

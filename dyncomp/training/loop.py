@@ -3,7 +3,9 @@
 The loop never waits for a step but at log, evaluation and save points. At step s it logs, evaluates, calls the
 controller, enters the next stage and saves, in this order, so that whatever a checkpoint of step s stands for is
 already in ``metrics.jsonl``. A checkpoint that cannot be written (a full disk) stops training at the next log point
-with one line: what was saved before stays, and the same command goes on from there.
+with one line: what was saved before stays, and the same command goes on from there. With ``Run.rollbacks``, a loss that
+is no number, or a spike, sends training back to the last checkpoint, and the batches since are passed over: batch t is
+then a pure function of (seed, t, how many were passed over), which checkpoints carry.
 """
 
 import dataclasses
@@ -25,12 +27,14 @@ from dyncomp.training.checkpoint import Checkpointer, steps_in
 from dyncomp.training.engine import Engine
 from dyncomp.training.evaluate import Evaluator, compute, save_decisions, spent
 from dyncomp.training.exit_outputs import save_exit_outputs
+from dyncomp.training.guard import Guard, LossError
 from dyncomp.training.memory import Measured
+from dyncomp.training.profiling import Profile
 from dyncomp.training.records import Timings
 from dyncomp.training.run import Run
 from dyncomp.training.trackers import Tracker, make_trackers
 from dyncomp.training.warm_start import warm_start
-from dyncomp.training.window import NotFiniteError, Window
+from dyncomp.training.window import Window
 
 QUICK_STEPS = 4
 
@@ -44,6 +48,7 @@ def train(
     progress: bool = True,
     quick: bool = False,
     exit_code: int = 75,
+    profile: str = "",
 ) -> dict[str, Any]:
     """Trains a run, or resumes it where ``workdir`` holds a checkpoint, and evaluates it.
 
@@ -56,6 +61,7 @@ def train(
       progress: show a progress bar and notes on standard error.
       quick: a few steps of each stage and small evaluations: a smoke run, never evidence.
       exit_code: what `Preempted` carries when SIGTERM stops the run.
+      profile: ``steps=10..15`` traces these steps into ``workdir``/profile.
 
     Returns:
       The content of summary.json.
@@ -68,13 +74,14 @@ def train(
         raise DyncompError("train runs in one process; several processes are not supported yet")
     run = quicken(run) if quick else run
     workdir = Path(workdir)
+    tracer = Profile(profile, workdir / "profile") if profile else None
     workdir.mkdir(parents=True, exist_ok=True)
     compile_cache.enable()
     notes = records.look_at(workdir, config_text, quick)
     done = records.finished(workdir, config_text, run.total_steps)
     if done is not None:
         return done
-    session = Session(run, workdir, config_text, notes, exit_code)
+    session = Session(run, workdir, config_text, notes, exit_code, tracer)
     with session.engine.context(), Terminator() as terminator:
         try:
             session.restore()
@@ -117,8 +124,17 @@ class Terminator:
 class Session:
     """One process's part of a run; `restore`, `start`, `steps`, `finish`, `close` in this order."""
 
-    def __init__(self, run: Run, workdir: Path, config_text: str, notes: list[str], exit_code: int):
+    def __init__(
+        self,
+        run: Run,
+        workdir: Path,
+        config_text: str,
+        notes: list[str],
+        exit_code: int,
+        tracer: Profile | None = None,
+    ):
         self.run, self.workdir, self.notes, self.exit_code = run, workdir, notes, exit_code
+        self.tracer = tracer
         self.engine = Engine(run)
         self.evaluator = Evaluator(run)
         self.checkpoints = Checkpointer(
@@ -130,6 +146,7 @@ class Session:
         self.not_loaded: list[str] = []
         self.memory: dict[str, Any] = {}
         self.compile_seconds: list[float] = []
+        self.compiled: dict[int, Any] = {}
 
     def say(self, line: str) -> None:
         """A note for the reader."""
@@ -140,6 +157,9 @@ class Session:
         """Restores the newest good checkpoint or makes step 0; nothing in the folder changes."""
         for note in list(self.notes):
             print(note, file=sys.stderr)
+        self._newest()
+
+    def _newest(self) -> None:
         found = self.checkpoints.restore(self.engine.like, self.say)
         if found is None:
             self.state, self.extra = self.engine.fresh(), {}
@@ -152,12 +172,18 @@ class Session:
             self.state, self.extra = found
             self.not_loaded = self.extra.get("not_loaded", [])
         self.step = int(self.state.step)
+        self.window = Window(self.extra.get("window"))
+        self.guard = Guard(self.run.spike, self.extra.get("recent", ()))
+        self.passed_over, self.rolled = (
+            self.extra.get("passed_over", 0),
+            self.extra.get("rolled", 0),
+        )
 
     def start(self, trackers: Sequence[str], progress: bool) -> None:
         """Opens the files and the bar; what lies after the restored step goes."""
         self.checkpoints.drop_after(self.step)
-        self.window = Window(self.extra.get("window"))
-        self.trackers = make_trackers(trackers, self.workdir, self.step)
+        self.kinds = tuple(trackers)
+        self.trackers = make_trackers(self.kinds, self.workdir, self.step)
         self.timings = Timings(self.workdir / "timings.jsonl")
         self.bar = records.Bar(self.workdir.name, self.run.total_steps, self.step, progress)
 
@@ -166,27 +192,61 @@ class Session:
         loader = Loader(
             self.run.task.source("train"), seed=self.run.seed, batch_size=self.run.batch_size
         )
-        batches = loader.iterate(self.step, self.run.total_steps)
         while self.step < self.run.total_steps:
+            try:
+                self._stages(loader, terminator)
+            except LossError as error:
+                self._roll_back(error)
+
+    def _stages(self, loader: Loader, terminator: Terminator) -> None:
+        total, ahead = self.run.total_steps, self.passed_over
+        batches = loader.iterate(self.step + ahead, total + ahead)
+        while self.step < total:
             index, _, end = self.run.stage_at(self.step)
             self._stage(index, end, batches, loader, terminator)
+
+    def _roll_back(self, error: LossError) -> None:
+        """Back to the newest checkpoint, or to step 0; the batches up to the bad one will not be seen again.
+
+        Raises:
+          DyncompError: the run has no rollbacks, or none left.
+        """
+        self.checkpoints.wait()
+        if self.rolled >= self.run.rollbacks:
+            raise self._stopped(error) from None
+        rolled, passed_over = self.rolled + 1, self.passed_over + error.step
+        self._newest()
+        self.rolled, self.passed_over = rolled, passed_over - self.step
+        self.say(
+            f"{error}; back to step {self.step}, {error.step - self.step} batches are passed over "
+            f"(rollback {rolled} of {self.run.rollbacks})"
+        )
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = make_trackers(self.kinds, self.workdir, self.step)
 
     def _stage(
         self, index: int, end: int, batches: Any, loader: Loader, terminator: Terminator
     ) -> None:
         assert self.timings and self.bar
-        sample = self.engine.batch(loader.batch(self.step))
-        with self.bar.doing("compiling"):
-            compiled, seconds = self.engine.compile(index, sample)
-        self.compile_seconds.append(seconds)
+        if index not in self.compiled:
+            sample = self.engine.batch(loader.batch(self.step))
+            with self.bar.doing("compiling"):
+                self.compiled[index], seconds = self.engine.compile(index, sample)
+            self.compile_seconds.append(seconds)
+        compiled = self.compiled[index]
         self.measured: Measured | None = Measured(compiled, self.state)
         seed = np.int32(self.run.seed)
         self.timings.reset()
         while self.step < end:
+            if self.tracer:
+                self.tracer.before(self.step + 1)
             with self.timings.waiting():
                 batch = self.engine.batch(next(batches))
             self.state, out = compiled(self.state, batch, seed)
             self.step += 1
+            if self.tracer:
+                self.tracer.after(self.step, self.state)
             self.window.add(self.step, out)
             self.timings.count()
             self.bar.update(self.step)
@@ -203,7 +263,7 @@ class Session:
     def _pause(self, index: int, end: int, terminator: Terminator) -> None:
         run, stage = self.run, self.engine.stages[index]
         assert self.timings and self.bar
-        self._check_finite()
+        self.guard.look(self.window.flush())  # before anything is saved
         self.timings.pause(self.step)
         if self.measured:  # before evaluation and the copies of a save add to the peak
             self.memory, self.measured = self.measured.report(), None
@@ -221,7 +281,8 @@ class Session:
         if self.step == end and self.step < run.total_steps:
             self.state = self.engine.enter(index + 1, self.state)
         if _at(self.step, run.save_every) or self.step == run.total_steps or terminator.asked:
-            self.save()
+            with self.timings.saving():
+                self.save()
         if terminator.asked and self.step < run.total_steps:
             self.checkpoints.wait()
             raise Preempted(
@@ -231,17 +292,13 @@ class Session:
             )
         self.timings.reset()
 
-    def _check_finite(self) -> None:
-        """Fetches what the steps returned; a loss that is no number stops training before anything is saved."""
-        try:
-            self.window.flush()
-        except NotFiniteError as error:
-            self.checkpoints.wait()
-            saved = steps_in(self.workdir)
-            last = f"the last good checkpoint is step {saved[-1]}" if saved else "nothing was saved"
-            raise DyncompError(
-                f"{error}; {last}; lower the learning rate or set clip_norm, then run again"
-            ) from None
+    def _stopped(self, error: LossError) -> DyncompError:
+        saved = steps_in(self.workdir)
+        last = f"the last good checkpoint is step {saved[-1]}" if saved else "nothing was saved"
+        tried = f" after {self.rolled} rollbacks" if self.rolled else ""
+        return DyncompError(
+            f"{error}{tried}; {last}; lower the learning rate or set clip_norm or rollbacks, then run again"
+        )
 
     def _log(self) -> None:
         assert self.bar and self.timings
@@ -261,7 +318,13 @@ class Session:
 
     def save(self) -> None:
         """Starts saving this step."""
-        extra = {"window": self.window.dump(), "not_loaded": self.not_loaded}
+        extra = {
+            "window": self.window.dump(),
+            "not_loaded": self.not_loaded,
+            "recent": list(self.guard.recent),
+            "passed_over": self.passed_over,
+            "rolled": self.rolled,
+        }
         self.checkpoints.save(self.state, extra)
 
     def finish(self) -> dict[str, Any]:
@@ -285,6 +348,7 @@ class Session:
             "memory": self.memory,
             "timings": {**self.timings.medians(), "compile_seconds": self.compile_seconds},
             "not_loaded": self.not_loaded,
+            "passed_over": self.passed_over,
             "notes": self.notes,
             "written": time.strftime("%Y-%m-%d"),
         }
@@ -296,6 +360,8 @@ class Session:
 
     def close(self) -> None:
         """Frees threads and files; what was being saved is completed."""
+        if self.tracer:
+            self.tracer.stop()
         for thing in (self.bar, self.timings, *self.trackers):
             if thing is not None:
                 thing.close()

@@ -80,13 +80,16 @@ def take_over(workdir: Path, config_text: str, quick: bool) -> None:
 class Timings:
     """Wall-clock figures, apart from metrics.jsonl because they differ every time.
 
-    A record is one stretch between two pauses: seconds a step, and the share of time spent waiting for input.
+    A record is one stretch between two pauses: seconds a step, the share of time spent waiting for input, and the
+    seconds that the loop stood still for a checkpoint before it.
     """
 
     def __init__(self, path: Path):
         self.stream = path.open("a")
         self.step_seconds: list[float] = []
         self.stalls: list[float] = []
+        self.saves: list[float] = []
+        self.saved = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -100,6 +103,14 @@ class Timings:
         yield
         self.waited += time.perf_counter() - began
 
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Counts the body as saving; its time goes into the next record."""
+        began = time.perf_counter()
+        yield
+        self.saved = time.perf_counter() - began
+        self.saves.append(self.saved)
+
     def count(self) -> None:
         """One step more was started."""
         self.steps += 1
@@ -112,17 +123,20 @@ class Timings:
         self.step_seconds.append(spent / self.steps)
         self.stalls.append(self.waited / spent)
         record = {"step": step, "seconds_per_step": spent / self.steps, "stall": self.stalls[-1]}
+        record |= {"checkpoint": self.saved}
+        self.saved = 0.0
         self.stream.write(json.dumps(record) + "\n")
         self.stream.flush()
 
     def medians(self) -> dict[str, float]:
-        """Median seconds a step and share of input stall over the stretches of this process."""
+        """Medians over the stretches of this process: seconds a step, share of input stall, seconds of a save."""
         if not self.step_seconds:
             return {}
-        return {
+        found = {
             "seconds_per_step": statistics.median(self.step_seconds),
             "input_stall": statistics.median(self.stalls),
         }
+        return found | ({"checkpoint_seconds": statistics.median(self.saves)} if self.saves else {})
 
     def close(self) -> None:
         """Closes the file."""

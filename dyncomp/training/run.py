@@ -65,6 +65,9 @@ class Run:
       eval_batches: batches of a mid-training evaluation; None for all. The final one always takes all.
       final_eval_batches: limits the final evaluation too (for demonstrations); None for all.
       max_to_keep: checkpoints that stay.
+      rollbacks: how often a loss that is no number, or a spike, sends training back to the last checkpoint; the
+        batches since then, up to the bad one, are passed over. 0 stops training instead.
+      spike: a loss more than so many times the median of the last 100 is a spike; None for none.
       init_from: parameters of another run to start from.
       mesh: devices' mesh; None for one device.
       sweep: control name -> values: the final evaluation draws quality against compute over them.
@@ -88,6 +91,8 @@ class Run:
     final_eval_batches: int | None = None
     save_every: int = 500
     max_to_keep: int = 2
+    rollbacks: int = 0
+    spike: float | None = None
     init_from: InitFrom | None = None
     mesh: MeshSpec | None = None
     sweep: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
@@ -104,6 +109,10 @@ class Run:
             )
         if self.ema is not None and not 0 <= self.ema < 1:
             raise DyncompError(f"Run.ema={self.ema}: use [0, 1) or None")
+        if self.rollbacks < 0 or (self.spike is not None and self.spike <= 1):
+            raise DyncompError(
+                f"Run: rollbacks={self.rollbacks}, spike={self.spike}; use rollbacks >= 0 and spike > 1 or None"
+            )
         for name in ("log_every", "save_every", "max_to_keep"):
             if getattr(self, name) < 1:
                 raise DyncompError(f"Run.{name}={getattr(self, name)}: use 1 or more")

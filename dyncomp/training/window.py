@@ -7,11 +7,7 @@ import jax
 import numpy as np
 
 from dyncomp.core.aux import Count, flatten
-from dyncomp.core.errors import DyncompError
-
-
-class NotFiniteError(DyncompError):
-    """A loss or a gradient stopped being a number."""
+from dyncomp.training.guard import NotFiniteError
 
 
 class Window:
@@ -36,8 +32,11 @@ class Window:
         """Takes what the train step that ended as ``step`` returned, still on the device."""
         self.pending.append((step, out))
 
-    def flush(self) -> None:
+    def flush(self) -> list[tuple[int, float]]:
         """Fetches what is pending.
+
+        Returns:
+          (step, loss) of each step fetched.
 
         Raises:
           NotFiniteError: a loss or gradient norm is not finite; names the first such step.
@@ -46,7 +45,7 @@ class Window:
         for step, out in fetched:
             for name in ("loss", "grad_norm"):
                 if not np.isfinite(out[name]):
-                    raise NotFiniteError(f"{name} is {float(out[name])} at step {step}")
+                    raise NotFiniteError(f"{name} is {float(out[name])} at step {step}", step)
                 self._mean(name, float(out[name]), 1.0)
             for name, mean in out["metrics"].items():
                 self._mean(name, float(np.sum(mean.total)), float(np.sum(mean.count)))
@@ -55,6 +54,7 @@ class Window:
                 sums[0] += int(np.sum(counted.needed, dtype=np.int64))
                 sums[1] += int(np.sum(counted.executed, dtype=np.int64))
             self.elements += int(out["elements"])
+        return [(step, float(out["loss"])) for step, out in fetched]
 
     def _mean(self, name: str, total: float, count: float) -> None:
         sums = self.means.setdefault(name, [0.0, 0.0])
