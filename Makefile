@@ -53,7 +53,7 @@ lint: $(VENV)/.stamp-test
 
 # Tests compile the same small programs again and again: within a run, each process finds what another has compiled.
 test: lint
-	@compiled=$$(mktemp -d) && trap 'rm -rf "$$compiled"' EXIT && set -x && \
+	@compiled=$$(mktemp -d) && trap 'rm -rf "$$compiled"' EXIT && \
 	  JAX_COMPILATION_CACHE_DIR=$$compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
