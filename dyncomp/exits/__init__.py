@@ -1,12 +1,13 @@
 """Exits: heads, gates, rules, objectives and calibration for networks that may end early."""
 
+from dyncomp.exits.attacks import Victim
 from dyncomp.exits.bank import ExitBank
 from dyncomp.exits.budgets import deepest_exit, solve_thresholds
 from dyncomp.exits.controllers import HeadWarmUp, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
 from dyncomp.exits.map_exits import MapExits
-from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective
+from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective, RampedExitObjective
 from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, decide
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "MultiExitObjective",
     "PatienceRule",
     "PositiveWeights",
+    "RampedExitObjective",
+    "Victim",
     "decide",
     "deepest_exit",
     "gate_features",

@@ -1,6 +1,8 @@
 """Thresholds for a budget: of mean compute, of the most that any example may take, and of memory.
 
-Solved on a calibration split, applied as run-time arguments. Host-side numpy.
+Solved on a calibration split, applied as run-time arguments. A threshold only holds its budget on examples like those
+of the split: somebody who makes exits unsure gets more. `deepest_exit` and `leaves_within` bound what he can get.
+Host-side numpy.
 """
 
 from collections.abc import Callable
@@ -23,6 +25,44 @@ def leaves_at(
     """The first exit whose score reaches its threshold, else the last (y); a score that is no number reaches none."""
     reached = np.concatenate([scores >= thresholds, np.ones((len(scores), 1), bool)], axis=1)
     return reached.argmax(axis=1)
+
+
+def leaves_within(
+    scores: Float[np.ndarray, "b y"],
+    thresholds: Float[np.ndarray, "y"],
+    quota: Float[np.ndarray, "y"],
+) -> Int[np.ndarray, "b"]:
+    """As `leaves_at`, but of a batch of b no more than floor(quota[l] b) go on past exit l.
+
+    Where more would, the least sure go on and the others leave; a score that is no number counts as sure. So a batch
+    costs at most `most_within`, whatever its images are. Who leaves depends on the batch: for executors that see all
+    of it at once.
+    """
+    scores = np.asarray(scores)
+    b, y = scores.shape
+    exits, inside = np.full(b, y), np.arange(b)
+    for index in range(y):
+        own = scores[inside, index]
+        staying = inside[~(own >= thresholds[index])]
+        order = np.argsort(scores[staying, index], kind="stable")
+        going = staying[order[: int(np.floor(quota[index] * b + 1e-9))]]
+        exits[np.setdiff1d(inside, going)] = index
+        inside = going
+    return exits
+
+
+def quota_of(
+    exits: Int[np.ndarray, "b"], early: int, slack: float = 1.0
+) -> Float[np.ndarray, "y"]:
+    """``slack`` times the share of these examples that goes past each of ``early`` exits, at most 1."""
+    past = np.asarray(exits)[:, None] > np.arange(early)
+    return np.minimum(slack * past.mean(axis=0), 1.0)
+
+
+def most_within(costs: Float[np.ndarray, "x"], quota: Float[np.ndarray, "y"]) -> float:
+    """The largest mean cost of a batch under a quota: c_0 + sum_l min_(m <= l) quota_m (c_(l+1) - c_l)."""
+    costs = np.asarray(costs, np.float64)
+    return float(costs[0] + np.sum(np.minimum.accumulate(quota) * np.diff(costs)))
 
 
 def deepest_exit(

@@ -1,15 +1,16 @@
-"""Losses for heads and gates (JEI-DNN, arXiv 2310.09163, and its released code).
+"""Losses for heads and gates (JEI-DNN, arXiv 2310.09163, and its released code; Shallow-Deep Networks).
 
 All take the output of `models.exiting.ExitingClassifier`: ``logits`` [x b c] with the final classifier last,
 ``gates`` [y b] logits, ``costs`` [x] cumulative and normalised (the last is 1), ``pos_weight`` [y].
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dyncomp.core.errors import DyncompError
@@ -91,6 +92,49 @@ class MultiExitObjective:
         if self.weights == "uniform":
             scale = jnp.full((exits,), 1.0 / exits, jnp.float32)
         loss = weighted_mean(last + jnp.sum(scale[:, None] * ce[:-1], axis=0), batch["mask"])
+        return loss, {"ce": Mean.of(ce, batch["mask"][None]), **_accuracies(output, batch)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RampedExitObjective:
+    """Final cross-entropy + sum_l tau_l CE_l: backbone and exits together (Shallow-Deep Networks, Kaya et al. 2019).
+
+    tau_l rises linearly from ``start`` to the exit's relative depth, so that early exits do not take over a backbone
+    that has not learned anything yet.
+
+    Attributes:
+      steps: over which tau rises; then it stays.
+      start: of every tau.
+      targets: what tau rises to, one an exit; default the relative depth in FLOPs (``costs`` of the output). 0 leaves
+        an exit untrained after its start; with ``start`` = 0 it gets no gradient at all.
+    """
+
+    steps: int
+    start: float = 0.01
+    targets: Sequence[float] = ()
+
+    def __post_init__(self):
+        if self.steps < 1 or self.start < 0 or any(target < 0 for target in self.targets):
+            raise DyncompError(
+                f"RampedExitObjective: steps={self.steps}, start={self.start}, targets={self.targets}; "
+                "use steps >= 1 and weights >= 0"
+            )
+
+    def weights(
+        self, step: Int[Array, ""] | int, costs: Float[Array, "x"] | np.ndarray
+    ) -> Float[Array, "y"]:
+        """tau at a step."""
+        targets = jnp.asarray(self.targets or costs[:-1], jnp.float32)
+        if targets.shape != costs[:-1].shape:
+            raise DyncompError(f"targets={self.targets}: give one to each of {len(costs) - 1} exits")
+        risen = jnp.minimum(step / jnp.float32(self.steps), 1.0)
+        return self.start + risen * (targets - self.start)
+
+    def __call__(self, output: Mapping[str, Array], aux: Any, batch: Mapping[str, Any], step):
+        """Loss and the accuracy of every exit."""
+        ce = cross_entropy(output["logits"], batch["targets"])
+        tau = self.weights(step, output["costs"])
+        loss = weighted_mean(ce[-1] + jnp.sum(tau[:, None] * ce[:-1], axis=0), batch["mask"])
         return loss, {"ce": Mean.of(ce, batch["mask"][None]), **_accuracies(output, batch)}
 
 
