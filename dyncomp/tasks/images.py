@@ -19,6 +19,7 @@ from dyncomp.tasks.hub import load_hub
 from dyncomp.tasks.objectives import ClassificationObjective, classification_metrics
 
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
+FASHION_MEAN, FASHION_STD = 72.94, 90.02  # of the training pixels, 0..255
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -155,7 +156,7 @@ def _fashion(folder: str) -> dict[str, Arrays]:
             )
         loaded[split] = [read_idx(file) for file in files]  # type: ignore[arg-type]
     make = lambda images, labels: {
-        "inputs": standardize(images, 72.94, 90.02),
+        "inputs": standardize(images, FASHION_MEAN, FASHION_STD),
         "targets": labels.astype(np.int32),
     }
     images, labels = loaded["train"]

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.exits.budgets import deepest_exit, leaves_at, solve_thresholds
+from dyncomp.exits.budgets import (
+    deepest_exit,
+    leaves_at,
+    leaves_within,
+    most_within,
+    quota_of,
+    solve_thresholds,
+)
 
 COSTS = np.asarray([0.1, 0.25, 0.5, 0.7, 1.0])
 
@@ -79,3 +86,44 @@ def test_what_cannot_be_met_is_refused():
         deepest_exit(COSTS, memory=3.0)
     with pytest.raises(DyncompError, match="need 5 costs"):
         solve_thresholds(scores, COSTS[:3], 0.5)
+
+
+def one_by_one(scores, thresholds, quota):
+    """The rule of a quota as a list of who is still in, exit by exit."""
+    exits, inside = [None] * len(scores), list(range(len(scores)))
+    for exit in range(len(thresholds)):
+        staying = [i for i in inside if scores[i, exit] < thresholds[exit]]
+        room = int(quota[exit] * len(scores) + 1e-9)
+        going = sorted(staying, key=lambda i: scores[i, exit])[:room]
+        for i in inside:
+            if i not in going:
+                exits[i] = exit
+        inside = [i for i in inside if i in going]
+    return [len(thresholds) if e is None else e for e in exits]
+
+
+def test_a_quota_bounds_every_batch():
+    thresholds = np.asarray([0.6, 0.7, 0.7, 0.8])
+    usual = leaves_at(confidences(5_000, 2), thresholds)
+    quota = quota_of(usual, 4, 1.1)
+    np.testing.assert_allclose(quota, [1.1 * (usual > i).mean() for i in range(4)])
+    bound, free = most_within(COSTS, quota), np.ones(4)
+    assert bound == pytest.approx(COSTS[usual].mean() * 1.1 - 0.1 * COSTS[0])
+    for seed in range(5):
+        scores = confidences(40, seed)
+        np.testing.assert_array_equal(
+            leaves_within(scores, thresholds, free), leaves_at(scores, thresholds)
+        )
+        doubtful = 0.5 * scores  # an attack: nobody would leave
+        assert (leaves_at(doubtful, thresholds) == 4).all()
+        for one in (scores, doubtful):
+            exits = leaves_within(one, thresholds, quota)
+            assert list(exits) == one_by_one(one, thresholds, quota)
+            assert COSTS[exits].mean() <= bound + 1e-9
+    assert quota_of(usual, 4, 9.0).max() == 1.0
+    assert most_within(COSTS, [0.5, 0.8, 0.1, 0.4]) == pytest.approx(
+        0.1 + 0.5 * 0.15 + 0.5 * 0.25 + 0.1 * 0.2 + 0.1 * 0.3
+    )
+    unknown = np.full((4, 4), np.nan)
+    assert (leaves_within(unknown, thresholds, np.zeros(4)) == 0).all()
+    assert (leaves_within(unknown, thresholds, free) == 4).all()

@@ -17,6 +17,7 @@ from dyncomp.exits import (
     JointExitObjective,
     MultiExitObjective,
     PatienceRule,
+    RampedExitObjective,
     decide,
     gate_features,
 )
@@ -217,6 +218,24 @@ def test_warm_up_weights(problem):
     np.testing.assert_allclose(loss, ce[-1] + ce[:-1].mean(), rtol=1e-5)
 
 
+def test_ramped_weights():
+    """tau_l = 0.01 + t/T (depth_l - 0.01), and the final classifier always counts fully."""
+    rng = np.random.default_rng(18)
+    logits = rng.normal(size=(3, 4, C)).astype(np.float32)
+    output = {"logits": jnp.asarray(logits), "costs": jnp.float32([0.25, 0.6, 1.0])}
+    batch = {"targets": jnp.arange(4, dtype=jnp.int32), "mask": jnp.float32([1, 1, 1, 0])}
+    wide = logits.astype(np.float64)
+    ce = np.log(np.exp(wide).sum(-1)) - wide[:, np.arange(4), np.arange(4)]
+    ce = ce[:, :3].mean(1)
+    for step, tau in ((0, (0.01, 0.01)), (50, (0.13, 0.305)), (100, (0.25, 0.6)), (300, (0.25, 0.6))):  # fmt: skip
+        loss, _ = RampedExitObjective(steps=100)(output, None, batch, step)
+        np.testing.assert_allclose(loss, ce[2] + tau[0] * ce[0] + tau[1] * ce[1], rtol=1e-5)
+    one = RampedExitObjective(steps=100, start=0.0, targets=(1.0, 0.0))
+    value = lambda z: one({**output, "logits": z}, None, batch, 50)[0]
+    each = np.abs(np.asarray(jax.grad(value)(output["logits"]))).sum((1, 2))
+    assert each[1] == 0 and each[0] > 0 and each[2] > 0
+
+
 # 7
 
 
@@ -295,6 +314,10 @@ def test_unknown_options_are_refused(unchecked):
         JointExitObjective(target_score="p")  # type: ignore[arg-type]
     with pytest.raises(DyncompError, match="period=0"):
         JointExitObjective(period=0)
+    with pytest.raises(DyncompError, match="steps=0"):
+        RampedExitObjective(steps=0)
+    with pytest.raises(DyncompError, match="one to each of 2"):
+        RampedExitObjective(steps=1, targets=(1.0,)).weights(0, np.ones(3))
     with pytest.raises(DyncompError, match="max_p"):
         ConfidenceRule(score="maximum")  # type: ignore[arg-type]
     with pytest.raises(DyncompError, match="official_identity"):
