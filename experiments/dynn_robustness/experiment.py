@@ -58,7 +58,7 @@ CASES = {
 """Arm -> alpha, start, network."""
 TRANSFER = [f"{s}_on_{t}" for s in SOURCES for t in ("static", "dynamic")]
 ARMS = [
-    "static", "dynamic", "random", *TRANSFER, *FGSM, *NOISE, *(f"static_on_{d}" for d in DESIGNS),
+    "static", "dynamic", "random", *TRANSFER, *FGSM, *NOISE, *(f"static_on_{d}" for d in (*DESIGNS, "random")),
     "cw_static", "cw_dynamic", *SLOW, *CASES,
 ]  # fmt: skip
 TRIALS = dict.fromkeys(ARMS, 1)
@@ -168,6 +168,18 @@ class Evidence:
             clean = figures_of(self.nets[name], self.clean[name], self.labels)
             got |= {"clean_accuracy": clean["accuracy"], "clean_cost": clean["cost"]}
             self.results[f"static_on_{name}"] = got
+        # The same weights, but who leaves where is drawn.
+        said = self.nets["dynamic"].says(pixels)
+        before, after = (self.drawn(one) for one in (self.clean["dynamic"], said))
+        counted = self.right("static") & (before.answers == self.labels)
+        wrong = (after.answers != self.labels)[counted]
+        got = figures_of(self.nets["dynamic"], after, self.labels)
+        self.results["static_on_random"] = {"success": 100.0 * float(wrong.mean()), **got}
+
+    def drawn(self, said: Any) -> Any:
+        """As many leave at each exit, but at random."""
+        rng = np.random.default_rng([self.seed, 2])
+        return dataclasses.replace(said, exits=rng.permutation(said.exits))
 
     def distances(self) -> None:
         """Carlini and Wagner's attack on both."""
@@ -205,9 +217,7 @@ class Evidence:
         said = {"slow": net.says(slow), "slow_free": net.says(attack(0.0))}
         self.show("slow", slow)
         clean = self.clean["dynamic"]
-        rng = np.random.default_rng([self.seed, 2])
-        shuffled = dataclasses.replace(clean, exits=rng.permutation(clean.exits))
-        self.results["random"] = figures_of(net, shuffled, labels)
+        self.results["random"] = figures_of(net, self.drawn(clean), labels)
         self.results |= {name: self.slowed(one) for name, one in said.items()}
         quota = budgets.quota_of(net.says(self.held).exits, 3, SLACK)
         half = np.arange(len(labels)) % 2 == 0
@@ -266,6 +276,7 @@ class Evidence:
             "early_unchanged": rate(fresh[:-1][:, hit] == y[hit]), "transferred": rate(passed[hit]),
             "distance": float(found.distance[hit].mean() if hit.any() else found.distance.mean()),
             "steps": float(found.when.mean()),
+            **{f"changed_{k + 1}": rate(row != y) for k, row in enumerate(fresh[:-1])},
         }  # fmt: skip
 
 
