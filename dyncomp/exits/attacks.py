@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Bool, Float, Int, Key
+from dyncomp.core.typing import Array, Float, Int, Key
 from dyncomp.exits.gates import entropy
 from dyncomp.exits.oracle import cross_entropy
 from dyncomp.exits.rules import ExitRule, decide
@@ -95,22 +95,22 @@ class Attacked:
 
     Attributes:
       images: float [b h w c], after the last step.
-      first: the first iterate that succeeded, and ``images`` where none did.
+      first: float [b h w c], the first iterate that succeeded, and ``images`` where none did.
       when: int32 [b], which iterate that was (0: the start), and steps + 1 where none did.
       hit: bool [b], whether any iterate succeeded.
     """
 
-    images: Float[Array, "b h w c"]
-    first: Float[Array, "b h w c"]
-    when: Int[Array, "b"]
-    hit: Bool[Array, "b"]
+    images: Any  # unchecked: jax also builds trees of shapes and of numpy arrays
+    first: Any
+    when: Any
+    hit: Any
 
 
 def ascend(
     logits: LogitsFn,
     value: Callable[[Any], Any],
     succeeded: Callable[[Any], Any],
-    images: Float[Array, "b h w c"],
+    images: Float[Array | np.ndarray, "b h w c"],
     *,
     eps: Any,
     step: Any,
@@ -128,6 +128,7 @@ def ascend(
       steps: static; ``steps`` + 1 iterates are looked at.
       start: first iterate, projected; default the images themselves.
     """
+    images = jnp.asarray(images)
     low, high = jnp.maximum(images - eps, 0.0), jnp.minimum(images + eps, 1.0)
     x = images if start is None else jnp.clip(start, low, high)
 
@@ -152,8 +153,8 @@ def ascend(
 
 def pgd(
     victim: Victim,
-    images: Float[Array, "b h w c"],
-    labels: Int[Array, "b"],
+    images: Float[Array | np.ndarray, "b h w c"],
+    labels: Int[Array | np.ndarray, "b"],
     *,
     eps: Any,
     step: Any,
@@ -161,6 +162,7 @@ def pgd(
     key: Key[Array, ""] | None = None,
 ) -> Attacked:
     """Raises the aimed cross-entropy; succeeds where the answer is not the label. A key draws a start in the box."""
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
     start = None if key is None else images + eps * _uniform(key, images)
 
     def value(logits: Array) -> Array:
@@ -171,7 +173,11 @@ def pgd(
 
 
 def fgsm(
-    victim: Victim, images: Float[Array, "b h w c"], labels: Int[Array, "b"], *, eps: Any
+    victim: Victim,
+    images: Float[Array | np.ndarray, "b h w c"],
+    labels: Int[Array | np.ndarray, "b"],
+    *,
+    eps: Any,
 ) -> Attacked:
     """One step to the border of the box (Goodfellow et al. 2015)."""
     return pgd(victim, images, labels, eps=eps, step=eps, steps=1)
@@ -182,16 +188,20 @@ def _uniform(key: Array, images: Array) -> Array:
 
 
 def sign_noise(
-    key: Key[Array, ""], images: Float[Array, "b h w c"], eps: Any
+    key: Key[Array, ""], images: Float[Array | np.ndarray, "b h w c"], eps: Any
 ) -> Float[Array, "b h w c"]:
     """As far from every pixel as an attack may go, in random directions: the control of `pgd` and `slow_down`."""
+    images = jnp.asarray(images)
     return jnp.clip(images + eps * jnp.sign(_uniform(key, images)), 0.0, 1.0)
 
 
 def gaussian_noise(
-    key: Key[Array, ""], images: Float[Array, "b h w c"], distance: Float[Array, "b"]
+    key: Key[Array, ""],
+    images: Float[Array | np.ndarray, "b h w c"],
+    distance: Float[Array | np.ndarray, "b"],
 ) -> Float[Array, "b h w c"]:
     """Gaussian noise scaled to a Euclidean length of each image, then clipped to 0..1 (and so a little shorter)."""
+    images = jnp.asarray(images)
     noise = jax.random.normal(key, images.shape, images.dtype)
     scale = distance / jnp.maximum(lengths(noise), 1e-12)
     return jnp.clip(images + noise * scale[:, None, None, None], 0.0, 1.0)
@@ -210,13 +220,13 @@ def uniform_kl(logits: Float[Array, "*n c"]) -> Float[Array, "*n"]:
 
 def slow_down(
     victim: Victim,
-    images: Float[Array, "b h w c"],
+    images: Float[Array | np.ndarray, "b h w c"],
     *,
     eps: Any,
     step: Any,
     steps: int,
     objective: Slow = "uniform",
-    keep: float = 1.0,
+    keep: Any = 1.0,
 ) -> Attacked:
     """Makes early exits unsure, so that images go deep (Hong et al. 2021); succeeds where the final one answers.
 
@@ -228,6 +238,7 @@ def slow_down(
     """
     if objective not in ("uniform", "entropy"):
         raise DyncompError(f"objective={objective!r}: use 'uniform' or 'entropy'")
+    images = jnp.asarray(images)
     said = victim.answer(victim.logits(images))
 
     def value(logits: Array) -> Array:

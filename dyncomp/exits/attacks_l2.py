@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import lax
@@ -32,10 +33,10 @@ class Moved:
       distance: float [b], Euclidean, to the clean image; pixels in 0..1.
     """
 
-    images: Float[Array, "b h w c"]
-    hit: Bool[Array, "b"]
-    when: Int[Array, "b"]
-    distance: Float[Array, "b"]
+    images: Any  # unchecked: jax also builds trees of shapes and of numpy arrays
+    hit: Any
+    when: Any
+    distance: Any
 
 
 def pixels_of(w: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -57,8 +58,8 @@ def lead(logits: Float[Array, "*n c"], labels: Int[Array, "*n"]) -> Float[Array,
 
 def cw_l2(
     victim: Victim,
-    images: Float[Array, "b h w c"],
-    labels: Int[Array, "b"],
+    images: Float[Array | np.ndarray, "b h w c"],
+    labels: Int[Array | np.ndarray, "b"],
     *,
     steps: int,
     rounds: int = 4,
@@ -79,6 +80,7 @@ def cw_l2(
       kappa: confidence of the wrong answer that is aimed at.
     """
     adam, b = optax.adam(rate), images.shape[0]
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
 
     def loss(w: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
         x = pixels_of(w)
@@ -141,12 +143,12 @@ def only_early_wrong(logits: Float[Array, "x b c"], said: Int[Array, "b"]) -> Bo
 
 def early_attack(
     logits: LogitsFn,
-    images: Float[Array, "b h w c"],
+    images: Float[Array | np.ndarray, "b h w c"],
     keys: Key[Array, "b"],
     *,
     alpha: Any,
     std: Any,
-    c: float = 50.0,
+    c: Any = 50.0,
     rate: float = 0.01,
     most: int = 1000,
     least: int = 200,
@@ -178,6 +180,7 @@ def early_attack(
     if not 0 <= least < most:
         raise DyncompError(f"least={least}, most={most}: use 0 <= least < most")
     adam, scale = optax.adam(rate), 1.0 / jnp.asarray(std, images.dtype)
+    images = jnp.asarray(images)
     said = jnp.argmax(logits(images)[-1], axis=-1).astype(jnp.int32)
     draw = lambda key: jax.random.uniform(key, images.shape[1:], images.dtype)
     w = jax.vmap(draw)(keys) if start == "random" else solved_for(images)

@@ -51,9 +51,7 @@ def leaves_within(
     return exits
 
 
-def quota_of(
-    exits: Int[np.ndarray, "b"], early: int, slack: float = 1.0
-) -> Float[np.ndarray, "y"]:
+def quota_of(exits: Int[np.ndarray, "b"], early: int, slack: float = 1.0) -> Float[np.ndarray, "y"]:
     """``slack`` times the share of these examples that goes past each of ``early`` exits, at most 1."""
     past = np.asarray(exits)[:, None] > np.arange(early)
     return np.minimum(slack * past.mean(axis=0), 1.0)

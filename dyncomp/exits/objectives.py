@@ -126,7 +126,9 @@ class RampedExitObjective:
         """tau at a step."""
         targets = jnp.asarray(self.targets or costs[:-1], jnp.float32)
         if targets.shape != costs[:-1].shape:
-            raise DyncompError(f"targets={self.targets}: give one to each of {len(costs) - 1} exits")
+            raise DyncompError(
+                f"targets={self.targets}: give one to each of {len(costs) - 1} exits"
+            )
         risen = jnp.minimum(step / jnp.float32(self.steps), 1.0)
         return self.start + risen * (targets - self.start)
 

@@ -84,17 +84,17 @@ def test_a_threshold_that_is_never_reached_is_the_static_network():
     np.testing.assert_array_equal(one.images, other.images)
     # float32 softmax saturates at 1, so a threshold of 1 would let this one leave.
     sure = jnp.float32([[[99.0, 0.0]], [[0.0, 1.0]]])
-    assert box.leaving(ConfidenceRule(), [1.0])(sure)[0] == 0
-    assert box.leaving(ConfidenceRule(), [1.1])(sure)[0] == 1
+    assert box.leaving(ConfidenceRule(), np.float32([1.0]))(sure)[0] == 0
+    assert box.leaving(ConfidenceRule(), np.float32([1.1]))(sure)[0] == 1
 
 
 def test_one_step_on_a_line_goes_to_the_corner():
-    w = np.float32([[1.0, -2.0, 0.5, 3.0], [0.0, 1.0, 0.5, -1.0]])
+    w = np.float32([[1.0, -2.0, 0.5, 3.0], [0.0, 1.0, 0.8, -1.0]])
     line = box.Victim(lambda x: (x.reshape(len(x), -1) @ w.T)[None])
     images = np.full((2, 2, 2, 1), 0.5, np.float32)
     labels = np.int32([0, 1])
     found = box.fgsm(line, images, labels, eps=0.1)
-    # The loss rises along (other - label); the third direction does not matter to it.
+    # The loss rises along (other - label).
     rises = np.sign(w[1] - w[0]).reshape(2, 2, 1)
     np.testing.assert_allclose(found.images[0], 0.5 + 0.1 * rises, atol=1e-6)
     np.testing.assert_allclose(found.images[1], 0.5 - 0.1 * rises, atol=1e-6)
@@ -171,7 +171,7 @@ def test_early_terms_by_brute_force():
         sum(max(0.0, p[2, b, said[b]] - p[2, b, j]) for j in range(C) if j != said[b])
         for b in range(B)
     ]
-    ours = near.early_terms(jnp.asarray(CLEAN, jnp.float32), said)
+    ours = near.early_terms(jnp.asarray(CLEAN, jnp.float32), jnp.asarray(said))
     np.testing.assert_allclose(ours[0], early, rtol=1e-4)
     np.testing.assert_allclose(ours[1], above, rtol=1e-4, atol=1e-6)
     last = jnp.log(jnp.float32([[0.2, 0.2, 0.6], [0.3, 0.2, 0.5], [0.2, 0.4, 0.4]]))

@@ -121,7 +121,7 @@ def test_a_quota_bounds_every_batch():
             assert list(exits) == one_by_one(one, thresholds, quota)
             assert COSTS[exits].mean() <= bound + 1e-9
     assert quota_of(usual, 4, 9.0).max() == 1.0
-    assert most_within(COSTS, [0.5, 0.8, 0.1, 0.4]) == pytest.approx(
+    assert most_within(COSTS, np.asarray([0.5, 0.8, 0.1, 0.4])) == pytest.approx(
         0.1 + 0.5 * 0.15 + 0.5 * 0.25 + 0.1 * 0.2 + 0.1 * 0.3
     )
     unknown = np.full((4, 4), np.nan)
