@@ -25,6 +25,45 @@ MAP = ("batch", None, None, "embed")
 """Logical axes of a map [b h w d]."""
 
 
+def convolve(
+    x: Float[Array, "b h w d"], kernel: Float[Array, "size size d o"], stride: int = 1
+) -> Float[Array, "b _ _ o"]:
+    """Cross-correlation with zeros around the map; ``stride`` divides rows and columns, rounded up.
+
+    On the CPU a product of gathered windows: in a loop, where training and attacks run, XLA's own convolution and above
+    all its gradients fall into a plain loop there (jax issue 12868).
+    """
+    windows = functools.partial(_windows, stride=stride)
+    whole = functools.partial(_convolved, stride=stride)
+    return lax.platform_dependent(x, kernel, cpu=windows, default=whole)
+
+
+def _convolved(x: Array, kernel: Array, stride: int) -> Array:
+    around = (kernel.shape[0] // 2, kernel.shape[0] // 2)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        (around, around),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _windows(x: Array, kernel: Array, stride: int) -> Array:
+    size, pad = kernel.shape[0], kernel.shape[0] // 2
+    wide = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    b, h, w, d = x.shape
+    rows, columns = -(-h // stride), -(-w // stride)
+    down, right = stride * (rows - 1) + 1, stride * (columns - 1) + 1
+    parts = [
+        lax.slice(wide, (0, i, j, 0), (b, i + down, j + right, d), (1, stride, stride, 1))
+        for i in range(size)
+        for j in range(size)
+    ]
+    gathered = jnp.concatenate(parts, axis=-1).reshape(-1, size * size * d)
+    return (gathered @ kernel.reshape(-1, kernel.shape[-1])).reshape(b, rows, columns, -1)
+
+
 class Conv(nn.Module):
     """A convolution with zeros around the map, a bias, and perhaps a norm over channels.
 
@@ -49,14 +88,7 @@ class Conv(nn.Module):
         axes = (None, None, None, "embed")
         kernel = param(self, "kernel", nn.initializers.he_normal(), shape, axes, dtype)
         bias = param(self, "bias", nn.initializers.zeros_init(), shape[3:], ("embed",), dtype)
-        around = (self.size // 2, self.size // 2)
-        y = lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            (self.stride, self.stride),
-            (around, around),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = convolve(x, kernel.astype(x.dtype), self.stride)
         y = y + bias.astype(x.dtype)[None, None, None]
         return y if self.norm is None else Norm(self.norm, self.eps, self.dtypes, name="norm")(y)
 
