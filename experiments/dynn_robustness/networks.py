@@ -35,13 +35,13 @@ SHAPE = (1, 28, 28, 1)
 class Lengths:
     """How long to train and on how many images to attack."""
 
-    steps: int = 600
-    head_steps: int = 300
-    images: int = 500
-    cw_images: int = 100
-    cw_steps: int = 60
-    early_images: int = 50
-    early_most: int = 600
+    steps: int = 450
+    head_steps: int = 200
+    images: int = 400
+    cw_images: int = 60
+    cw_steps: int = 50
+    early_images: int = 40
+    early_most: int = 500
     early_least: int = 200
 
 
