@@ -4,6 +4,7 @@ from dyncomp.models.apart import apart, with_mixer, with_mixers
 from dyncomp.models.block import Block
 from dyncomp.models.conv_net import ConvNet
 from dyncomp.models.decoder_lm import DecoderLM
+from dyncomp.models.denoising import ExitingDenoiser
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.factored import FactoredLM
@@ -29,6 +30,7 @@ from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.stopping import StoppingLM
+from dyncomp.models.uvit import UViT
 from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "ConvNet",
     "DecoderLM",
     "ExitingClassifier",
+    "ExitingDenoiser",
     "FactoredLM",
     "Group",
     "GroupStack",
@@ -48,6 +51,7 @@ __all__ = [
     "Pyramid",
     "SkippingLM",
     "StoppingLM",
+    "UViT",
     "VisionTransformer",
     "apart",
     "apply",

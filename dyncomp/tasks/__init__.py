@@ -2,6 +2,7 @@
 
 from dyncomp.tasks.base import Source, Task
 from dyncomp.tasks.code_lm import CodeLM, HubText, TextFiles
+from dyncomp.tasks.denoising import Denoising
 from dyncomp.tasks.features import FeatureTask
 from dyncomp.tasks.images import Digits, FashionMNIST, HubImages
 from dyncomp.tasks.library_text import LibraryText
@@ -17,6 +18,7 @@ __all__ = [
     "CLASSES",
     "ClassificationObjective",
     "CodeLM",
+    "Denoising",
     "Digits",
     "FashionMNIST",
     "FeatureTask",
