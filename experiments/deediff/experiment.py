@@ -64,10 +64,10 @@ RULES = (CertaintyRule(), CertaintyRule(patience=2, patient_exits=BLOCKS // 2))
 class Lengths:
     """How long to train, and how much to draw."""
 
-    steps: int = 900
-    tuned: int = 350
-    judge: int = 500
-    batch: int = 64
+    steps: int = 1000
+    tuned: int = 400
+    judge: int = 400
+    batch: int = 32
     samples: int = 384
     denoising: int = 20
     draws: int = 2048

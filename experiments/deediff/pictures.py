@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -64,7 +65,8 @@ def _decisions(net: Any, params: Any, images: np.ndarray) -> dict[str, np.ndarra
     clean = images.repeat(len(TIMES), axis=0)
     noise = np.random.default_rng(0).normal(size=clean.shape).astype(np.float32)
     noised = net.schedule.noised(clean, noise, times)
-    _, certainty = net.apply({"params": params}, noised, times, method="denoise")
+    run = jax.jit(lambda *args: net.apply({"params": params}, *args, method="denoise"))
+    _, certainty = run(noised, times)
     return {
         "noised": np.asarray(noised)[..., 0],
         "maps": np.asarray(certainty)[0, ..., 0],
