@@ -1,5 +1,7 @@
 """Probes, rule and losses against numbers worked out by hand, in numpy, or by finite differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +82,7 @@ def test_gradients(problem):
     mask = jnp.ones((B,))
     layers = lambda v, g, weighting="official": weighted_layers(v, g, noise, mask, weighting)
     for weighting in ("official", "paper"):
-        f = lambda v, g, weighting=weighting: layers(v, g, weighting)
+        f = jax.jit(functools.partial(layers, weighting=weighting))
         check_grads(f, (certainty, inner), order=1, modes=["rev"], eps=1e-2, rtol=2e-2)
     # What reaches the predictions is as if the weights were numbers.
     own = jax.grad(layers, argnums=1)(certainty, inner)

@@ -93,25 +93,23 @@ def test_samplers_reach_gaussian_data(kind):
     schedule = NoiseSchedule(kind=kind)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 2)).astype(np.float32))
     keys = jax.random.split(jax.random.key(0), 2000)
-    samplers = [DDIM(schedule=schedule, steps=60), DDIM(schedule=schedule, steps=60, eta=1.0)]
-    if (
-        kind == "linear"
-    ):  # the others are stiff near t = 1, which Euler steps of this size do not follow
-        samplers.append(EulerMaruyama(schedule=schedule, steps=150))
+    samplers = [DDIM(schedule=schedule, steps=400), DDIM(schedule=schedule, steps=400, eta=1.0)]
+    if kind == "linear":  # the others are stiff near t = 1, where Euler steps of this size fail
+        samplers.append(EulerMaruyama(schedule=schedule, steps=400))
     for sampler in samplers:
         assert isinstance(sampler, Sampler)
         run = jax.jit(lambda x, s=sampler: sample_scanned(s, exact(schedule), x, keys)[0])
         found = np.asarray(run(x))
         assert abs(found.std() / SPREAD - 1) < 0.06 and abs(found.mean()) < 0.03
     # Without noise of its own DDIM is a map: here nearly the multiplication with SPREAD.
-    line = np.asarray(sample_scanned(samplers[0], exact(schedule), x[:5], keys[:5])[0])
+    line = jax.jit(lambda x: sample_scanned(samplers[0], exact(schedule), x)[0])(x[:5])
     np.testing.assert_allclose(line, SPREAD * np.asarray(x[:5]), rtol=0.06)
 
 
 def test_one_ddim_step_by_hand():
     sampler = DDIM(steps=2, clip=1.0)
     signal, noise = (float(v[0]) for v in sampler.schedule.scales(jnp.float32([0.5])))
-    x, said = jnp.float32([[0.9, -0.1]]), jnp.float32([[-0.4, 0.3]])
+    x, said = jnp.float32([[0.9, -0.1]]), jnp.float32([[-0.4, 0.0]])
     clean = np.clip((np.asarray(x) - noise * np.asarray(said)) / signal, -1, 1)
     assert np.abs(clean[0, 0]) == 1 and np.abs(clean[0, 1]) < 1
     np.testing.assert_allclose(
