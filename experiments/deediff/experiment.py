@@ -65,9 +65,9 @@ RULES = (CertaintyRule(), CertaintyRule(patience=2, patient_exits=BLOCKS // 2))
 class Lengths:
     """How long to train, and how much to draw."""
 
-    steps: int = 700
-    tuned: int = 300
-    judge: int = 300
+    steps: int = 1200
+    tuned: int = 400
+    judge: int = 400
     batch: int = 32
     samples: int = 256
     denoising: int = 20
