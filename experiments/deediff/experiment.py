@@ -55,9 +55,8 @@ ARMS = [
 TRIALS = dict.fromkeys(ARMS, 1)
 
 BLOCKS, SMALL = 7, 3
-GIVEN = (
-    2  # which decision the sampling program follows: a rule, a rule with patience, or given exits
-)
+GIVEN = 2
+"""What the sampling program follows where exits are given; 0 and 1 are the rules."""
 RULES = (CertaintyRule(), CertaintyRule(patience=2, patient_exits=BLOCKS // 2))
 
 
