@@ -2,11 +2,12 @@
 
 from dyncomp.exits.bank import ExitBank
 from dyncomp.exits.budgets import deepest_exit, solve_thresholds
-from dyncomp.exits.controllers import HeadWarmUp, PositiveWeights
+from dyncomp.exits.controllers import HeadWarmUp, KeepAccuracy, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
 from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective
-from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, decide
+from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, RunningSumRule, decide
+from dyncomp.exits.selection import cheapest_threshold, leaves_above, threshold_front
 
 __all__ = [
     "ConfidenceRule",
@@ -16,11 +17,16 @@ __all__ = [
     "GateRule",
     "HeadWarmUp",
     "JointExitObjective",
+    "KeepAccuracy",
     "MultiExitObjective",
     "PatienceRule",
     "PositiveWeights",
+    "RunningSumRule",
+    "cheapest_threshold",
     "decide",
     "deepest_exit",
     "gate_features",
+    "leaves_above",
     "solve_thresholds",
+    "threshold_front",
 ]
