@@ -111,8 +111,10 @@ class SpikingClassifier(nn.Module):
     def setup(self):  # noqa: D102
         make = lambda *args: NormedConv(*args, dtypes=self.dtypes)
         self.conv = [make(unit.inner, unit.width, 3, unit.stride) for unit in self.units]
-        self.side = [make(u.side[0], u.width, 1, u.side[1]) if u.projected else None
-                     for u in self.units]  # fmt: skip
+        self.side = [
+            make(unit.side[0], unit.width, 1, unit.side[1]) if unit.projected else None
+            for unit in self.units
+        ]
         start = nn.initializers.constant(self.scale_init)
         self.scale = [param(self, f"scale_{i}", start, (), ()) for i in range(len(self.units))]
         lecun = nn.initializers.lecun_normal()
@@ -156,15 +158,13 @@ class SpikingClassifier(nn.Module):
     # ---- training
 
     def _trained(self, x: Array, mask: Array | None) -> tuple[dict[str, Array], Aux]:
-        many = 1 if self.training == "quantised" else self.steps
-        logits = self._source(x, mask) if many == 1 else self._through_time(x, mask)
+        quantised = self.training == "quantised"
+        many = 1 if quantised else self.steps
+        logits = self._source(x, mask) if quantised else self._through_time(x, mask)
         answers = jnp.cumsum(logits, axis=0) / jnp.arange(1.0, many + 1.0)[:, None, None]
         real = _real(mask, x.shape[0])
-        once, always = (
-            Count(real, jnp.ones_like(real)),
-            Count(many * real, many * jnp.ones_like(real)),
-        )
-        quantised = self.training == "quantised"
+        once = Count(real, jnp.ones_like(real))
+        always = Count(many * real, many * jnp.ones_like(real))
         events = {"quantised": once} if quantised else {"first": once, "step": always}
         return {"logits": answers, "emitted": answers[-1], "final": answers[-1]}, Aux({}, events)
 
@@ -226,9 +226,10 @@ class SpikingClassifier(nn.Module):
     def begin(
         self, weights: Weights, images: Float[Array | np.ndarray, "b h w _"]
     ) -> dict[str, Any]:
-        """What an image carries from step to step: its ``current`` into the first neurons, membranes ``v``, ``spikes``.
+        """What an image carries from step to step.
 
-        Further the sum of logits, the number of steps, and the rule's state.
+        The current into the first neurons, which does not change, all membranes, each unit's spikes so far, the sum
+        of logits and the number of steps, and the rule's state.
         """
         x = jnp.asarray(images).astype(self.dtypes.compute)
         b = x.shape[0]
