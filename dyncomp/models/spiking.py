@@ -95,13 +95,16 @@ class SpikingClassifier(nn.Module):
         if self.steps < 1:
             raise DyncompError(f"SpikingClassifier.steps={self.steps}: use 1 or more")
         top_level(self.bits), self.units  # noqa: B018 - both refuse what does not fit
-        if self.rule is None:
-            self.rule = RunningSumRule(classes=self.classes)
-        if getattr(self.rule, "classes", self.classes) != self.classes:
+        if (seen := getattr(self.stop, "classes", self.classes)) != self.classes:
             raise DyncompError(
-                f"SpikingClassifier has {self.classes} classes, its rule {self.rule.classes}; make them equal"
+                f"SpikingClassifier has {self.classes} classes, its rule {seen}; make them equal"
             )
         super().__post_init__()
+
+    @property
+    def stop(self) -> ExitRule:
+        """The rule in use."""
+        return RunningSumRule(classes=self.classes) if self.rule is None else self.rule
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -111,8 +114,10 @@ class SpikingClassifier(nn.Module):
     def setup(self):  # noqa: D102
         make = lambda *args: NormedConv(*args, dtypes=self.dtypes)
         self.conv = [make(unit.inner, unit.width, 3, unit.stride) for unit in self.units]
-        self.side = [
-            make(unit.side[0], unit.width, 1, unit.side[1]) if unit.projected else None
+        self.side: list[Any] = [
+            make(unit.side[0], unit.width, 1, unit.side[1])
+            if unit.side and unit.projected
+            else None
             for unit in self.units
         ]
         start = nn.initializers.constant(self.scale_init)
@@ -120,7 +125,7 @@ class SpikingClassifier(nn.Module):
         lecun = nn.initializers.lecun_normal()
         shape = (self.widths[-1], self.classes)
         self.head = param(self, "head", lecun, shape, ("embed", None), self.dtypes.param)
-        begin = lambda: jnp.asarray(self.rule.initial(), jnp.float32)
+        begin = lambda: jnp.asarray(self.stop.initial(), jnp.float32)
         self.threshold = self.variable("controls", "threshold", begin)
 
     def __call__(
@@ -244,7 +249,7 @@ class SpikingClassifier(nn.Module):
             "spikes": jnp.zeros((b, len(v)), jnp.int32),
             "sum": jnp.zeros((b, self.classes), jnp.float32),
             "count": jnp.zeros((b,), jnp.float32),
-            "rule": self.rule.start(b),
+            "rule": self.stop.start(b),
         }
 
     def step(
@@ -264,7 +269,7 @@ class SpikingClassifier(nn.Module):
             outs.append(fired.astype(self.dtypes.compute))
         logits = read(outs[-1], weights["head"])
         no_gate = jnp.zeros(logits.shape[:1], jnp.float32)
-        rule, leave, score = self.rule.step(carry["rule"], logits, no_gate, threshold)
+        rule, leave, score = self.stop.step(carry["rule"], logits, no_gate, threshold)
         carry = {
             "current": carry["current"],
             "v": v,
@@ -284,7 +289,7 @@ class SpikingClassifier(nn.Module):
         """All steps for all images; nobody leaves, but what the rule says is noted."""
 
         def step(carry: dict[str, Any], _: None) -> tuple[dict[str, Any], Steps]:
-            carry, _, leave, score = self.step(weights, carry, threshold)
+            carry, _answer, leave, score = self.step(weights, carry, threshold)
             return carry, Steps(carry["sum"], score, leave, carry["spikes"])
 
         return lax.scan(step, self.begin(weights, images), None, length=self.steps)[1]
@@ -311,12 +316,12 @@ class SpikingClassifier(nn.Module):
 
     def neurons(self, inputs_shape: tuple[int, ...]) -> tuple[int, ...]:
         """How many each unit has, for images [b h w c]."""
-        return neurons_of(self.units, *inputs_shape[1:3])
+        return neurons_of(self.units, inputs_shape[1], inputs_shape[2])
 
     def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Any]:
         """See `spiking_units.prices`."""
-        item = self.dtypes.compute_itemsize
-        return prices(self.units, *inputs_shape[1:3], self.classes, self.neuron.flops, item)
+        item, (rows, columns) = self.dtypes.compute_itemsize, inputs_shape[1:3]
+        return prices(self.units, rows, columns, self.classes, self.neuron.flops, item)
 
     def cumulative_costs(self, inputs_shape: tuple[int, ...]) -> list[float]:
         """FLOPs of stopping after each step, over those of all steps; the last is 1."""
