@@ -63,7 +63,8 @@ def call(net):
 
 @pytest.fixture(scope="module")
 def out(call, variables, images):
-    output, aux = call(variables, images, np.ones(B, np.float32))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        output, aux = call(variables, images, np.ones(B, np.float32))
     return jax.device_get(output), aux
 
 
@@ -242,7 +243,9 @@ def trained(request, variables, images):
         (output, aux), moved = net.apply(variables_, images, mask, train=True, mutable=["controls"])
         return jnp.sum(jnp.square(output["final"])), (moved["controls"], output, aux.events)
 
-    grads, (controls, output, events) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        step = jax.jit(jax.grad(loss, has_aux=True))
+        grads, (controls, output, events) = step(variables["params"])
     return net, jax.device_get(grads), jax.device_get(controls), jax.device_get(output), events
 
 
