@@ -90,7 +90,9 @@ def quality(results: dict[str, Any], seen: list[dict[str, Any]], path: Path) -> 
         points = np.asarray(
             [[mean_of(results, a, m) for m in ("steps", "accuracy")] for a in chance]
         )
-        axes.plot(*points.T, "x", color="black", ms=7, label="random stops (temperature 1)")
+        axes.plot(
+            *points.T, "x", color="black", ms=7, label="random stops, histograms of temperature 1"
+        )
         oracle = [mean_of(results, f"{prefix}oracle", m) for m in ("steps", "accuracy")]
         axes.plot(*oracle, "*", color="tab:olive", ms=12, label="first right step (oracle)")
         axes.set(xlabel="mean steps of time", ylabel="test accuracy, percent", title=title)
@@ -153,5 +155,5 @@ def pictures(one: dict[str, Any], path: Path) -> None:
             axes.set_xlabel(GARMENTS[one["said"][place]], fontsize=6, labelpad=1,
                             color=WRONG if wrong else "black")  # fmt: skip
         row[0].set_ylabel(str(step + 1), rotation=0, ha="right", va="center", fontsize=9)
-    figure.suptitle("stops after step", x=0.02, y=0.93, ha="left", fontsize=9)
+    figure.suptitle("stops after step", x=0.02, y=0.91, ha="left", fontsize=9)
     save(figure, path)
