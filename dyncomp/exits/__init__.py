@@ -3,12 +3,13 @@
 from dyncomp.exits.attacks import Victim
 from dyncomp.exits.bank import ExitBank
 from dyncomp.exits.budgets import deepest_exit, solve_thresholds
-from dyncomp.exits.controllers import HeadWarmUp, PositiveWeights
+from dyncomp.exits.controllers import HeadWarmUp, KeepAccuracy, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
 from dyncomp.exits.map_exits import MapExits
 from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective, RampedExitObjective
-from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, decide
+from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, RunningSumRule, decide
+from dyncomp.exits.selection import cheapest_threshold, leaves_above, threshold_front
 
 __all__ = [
     "ConfidenceRule",
@@ -18,14 +19,19 @@ __all__ = [
     "GateRule",
     "HeadWarmUp",
     "JointExitObjective",
+    "KeepAccuracy",
     "MapExits",
     "MultiExitObjective",
     "PatienceRule",
     "PositiveWeights",
     "RampedExitObjective",
+    "RunningSumRule",
     "Victim",
+    "cheapest_threshold",
     "decide",
     "deepest_exit",
     "gate_features",
+    "leaves_above",
     "solve_thresholds",
+    "threshold_front",
 ]

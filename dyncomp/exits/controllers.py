@@ -1,7 +1,7 @@
-"""What happens to exits between training steps: positive weights from validation, per-head early stopping.
+"""What happens to exits between training steps: positive weights, early stopping of heads, a calibrated threshold.
 
-Both controllers (`dyncomp.training.controller.Controller`) look at the validation split through the compiled model;
-what they remember is in the train state.
+All controllers (`dyncomp.training.controller.Controller`) look at held-out data through the compiled model; what they
+remember is in the train state.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Float, Int
 from dyncomp.exits.objectives import JointExitObjective
 from dyncomp.exits.oracle import cross_entropy
+from dyncomp.exits.selection import cheapest_threshold
 
 Forward = Callable[[Any], tuple[Any, Any]]
 
@@ -121,7 +122,7 @@ class HeadWarmUp:
         losses = np.concatenate(
             [
                 np.asarray(cross_entropy(output["logits"][:-1], batch["targets"]))[:, real]
-                for output, batch, real in _validation(forward, task, self.batch_size)
+                for output, batch, real in _examples(forward, task, self.batch_size)
             ],
             axis=1,
         )
@@ -156,7 +157,7 @@ class PositiveWeights:
         best = np.concatenate(
             [
                 np.asarray(self.objective.best(output, batch))[real]
-                for output, batch, real in _validation(forward, task, self.batch_size)
+                for output, batch, real in _examples(forward, task, self.batch_size)
             ]
         )
         exits = state.controls["pos_weight"].shape[0]
@@ -164,9 +165,45 @@ class PositiveWeights:
         return state.replace(controls={**state.controls, "pos_weight": weights})
 
 
-def _validation(forward: Forward, task: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
-    """(output, batch, which rows are real [b] bool) over the validation split, in batches of one size."""
-    source = task.source("validation")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepAccuracy:
+    """Controller that solves the control ``threshold``, one for all exits, on the calibration split.
+
+    It becomes the cheapest one at which at most ``tolerance`` of the accuracy of the last exit is lost
+    (`cheapest_threshold`). The model's output has ``scores`` [x b], ``logits`` [x b c] and ``costs`` [x], cumulative.
+
+    Attributes:
+      tolerance: as a share of the examples, 0.001 for a tenth of a point.
+      batch_size: examples of the split at once.
+    """
+
+    tolerance: float = 0.0
+    batch_size: int = 500
+
+    def init(self, state: Any) -> None:
+        """It remembers nothing."""
+
+    def __call__(self, state: Any, forward: Forward, task: Any, step: int) -> Any:
+        """The state with another threshold."""
+        scores, right, costs = [], [], None
+        for output, batch, real in _examples(forward, task, self.batch_size, "calibration"):
+            scores.append(np.asarray(output["scores"]).T[real])
+            said = np.asarray(jnp.argmax(output["logits"], axis=-1))
+            right.append((said == np.asarray(batch["targets"])).T[real])
+            costs = np.asarray(output["costs"])
+        assert costs is not None, "the calibration split is empty"
+        found = cheapest_threshold(
+            np.concatenate(scores), np.concatenate(right), costs, tolerance=self.tolerance
+        )
+        value = jnp.full_like(state.controls["threshold"], found.threshold)
+        return state.replace(controls={**state.controls, "threshold": value})
+
+
+def _examples(
+    forward: Forward, task: Any, size: int, split: str = "validation"
+) -> Iterator[tuple[Any, Any, Any]]:
+    """(output, batch, which rows are real [b] bool) over a split, in batches of one size."""
+    source = task.source(split)
     total = len(source)
     for start in range(0, total, size):
         rows = np.arange(start, start + size)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Float, Int
+from dyncomp.core.typing import Array, Bool, Float, Int
 
 TargetScore = Literal["ce", "error", "confidence"]
 
@@ -41,3 +41,12 @@ def best_exit(
 ) -> Int[Array, "b"]:
     """t* = argmin_l loss_l + lambda c_l; ties go to the earliest exit. The last index is the final classifier."""
     return jnp.argmin(loss + lam * costs[:, None], axis=0).astype(jnp.int32)
+
+
+def first_right(right: Bool[Array, "x b"]) -> Int[Array, "b"]:
+    """The first exit that is right, the last where none is (arXiv 2303.10276's upper bound).
+
+    It bounds accuracy, not cost: a rule that lets examples that are never right leave early may be cheaper.
+    """
+    never = jnp.full(right.shape[1:], right.shape[0] - 1, jnp.int32)
+    return jnp.where(jnp.any(right, axis=0), jnp.argmax(right, axis=0).astype(jnp.int32), never)

@@ -135,6 +135,55 @@ class PatienceRule:
         return (label, run), run >= threshold, run
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunningSumRule:
+    """Leave once the softmax of the sum of all logits so far, over a temperature, is surer than the threshold.
+
+    For exits that add evidence, such as steps of time (arXiv 2303.10276): Z_T = sum_{t<=T} logits_t / temperature. In a
+    sum the temperature of step T is temperature / T of the mean, so early steps are under-confident by themselves;
+    ``accumulate="mean"`` divides by T as well and takes that away. Strict: a threshold of 1 lets nobody leave.
+
+    Attributes:
+      classes: c.
+      temperature: the paper's confidence-smoothing scale; 30 in the released code, to be chosen on held-out data.
+      threshold: 0.6 in the released code.
+      score: see `confidence`.
+      accumulate: what confidence is read from.
+    """
+
+    classes: int
+    temperature: float = 30.0
+    threshold: float = 0.6
+    score: Score = "max_p"
+    accumulate: Literal["sum", "mean"] = "sum"
+
+    def __post_init__(self):
+        if self.accumulate not in ("sum", "mean"):
+            raise DyncompError(f"accumulate={self.accumulate!r}: use 'sum' or 'mean'")
+        if self.score not in ("max_p", "entropy", "margin"):
+            raise DyncompError(f"score={self.score!r}: use 'max_p', 'entropy' or 'margin'")
+        if self.classes < 2 or self.temperature <= 0.0:
+            raise DyncompError(
+                f"RunningSumRule: classes={self.classes}, temperature={self.temperature}; use classes >= 2 and"
+                " temperature > 0"
+            )
+
+    def initial(self) -> float:
+        """The confidence to exceed."""
+        return self.threshold
+
+    def start(self, batch: int) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
+        """(the sum so far, how many were added)."""
+        return jnp.zeros((batch, self.classes), jnp.float32), jnp.zeros((batch,), jnp.float32)
+
+    def step(self, state: tuple[Array, Array], logits: Array, gate: Array, threshold: Array):
+        """Adds one exit's logits and compares the confidence in all of them."""
+        total, count = state[0] + logits.astype(jnp.float32), state[1] + 1.0
+        shown = total if self.accumulate == "sum" else total / count[:, None]
+        score = confidence(shown / self.temperature, self.score)
+        return (total, count), score > threshold, score
+
+
 def confidence(logits: Float[Array, "*n c"], score: Score) -> Float[Array, "*n"]:
     """Max probability, negative entropy or margin of softmax(logits), float32, detached."""
     u = gate_features(logits)

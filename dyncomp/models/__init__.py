@@ -26,9 +26,11 @@ from dyncomp.models.layout import (
 )
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
+from dyncomp.models.normed_conv import NormedConv
 from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
+from dyncomp.models.spiking import SpikingClassifier
 from dyncomp.models.stopping import StoppingLM
 from dyncomp.models.uvit import UViT
 from dyncomp.models.vit import VisionTransformer
@@ -48,8 +50,10 @@ __all__ = [
     "Level",
     "NestedLM",
     "Norm",
+    "NormedConv",
     "Pyramid",
     "SkippingLM",
+    "SpikingClassifier",
     "StoppingLM",
     "UViT",
     "VisionTransformer",

@@ -6,6 +6,7 @@ from dyncomp.runtime.host import HostExecutor
 from dyncomp.runtime.per_example import per_example
 from dyncomp.runtime.saved import load_segments, save_segments
 from dyncomp.runtime.segments import END, Segment, Segmented, from_model
+from dyncomp.runtime.steps import from_steps
 from dyncomp.runtime.stream import Finished, StreamExecutor
 from dyncomp.runtime.traced import CompactExecutor, LaxExecutor, MaskedExecutor, Traced
 
@@ -23,6 +24,7 @@ __all__ = [
     "StreamExecutor",
     "Traced",
     "from_model",
+    "from_steps",
     "load_segments",
     "per_example",
     "save_segments",

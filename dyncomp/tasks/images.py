@@ -45,12 +45,36 @@ class Enlarged:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shrunk:
+    """A source whose images are shrunk batch by batch: every square of pixels becomes its mean.
+
+    Attributes:
+      source: of batches with ``inputs`` [b h w c].
+      times: side of a square; divides height and width.
+    """
+
+    source: Source
+    times: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples at ``indices``."""
+        found, k = self.source.batch(indices), self.times
+        b, h, w, c = found["inputs"].shape
+        squares = found["inputs"].reshape(b, h // k, k, w // k, k, c)
+        return {**found, "inputs": squares.mean(axis=(2, 4), dtype=np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageTask(Task):
     """Base of the image tasks: ``inputs`` float32 [b h w c] standardised, ``targets`` int32 [b].
 
     Attributes:
       label_smoothing: see `ClassificationObjective`.
       enlarge: every pixel becomes a square of enlarge x enlarge pixels.
+      shrink: every square of shrink x shrink pixels becomes its mean.
     """
 
     headline: ClassVar[str] = "accuracy"
@@ -59,6 +83,7 @@ class ImageTask(Task):
 
     label_smoothing: float = 0.0
     enlarge: int = 1
+    shrink: int = 1
 
     def arrays(self) -> Mapping[str, Arrays]:
         """Split -> inputs and targets."""
@@ -69,7 +94,14 @@ class ImageTask(Task):
         check_split(split)
         if self.enlarge < 1:
             raise DyncompError(f"{type(self).__name__}.enlarge={self.enlarge}: use 1 or more")
-        found = ArraySource(self.arrays()[split])
+        found: Source = ArraySource(self.arrays()[split])
+        if self.shrink != 1:
+            side = self.arrays()[split]["inputs"].shape[1:3]
+            if self.shrink < 1 or any(length % self.shrink for length in side):
+                raise DyncompError(
+                    f"{type(self).__name__}.shrink={self.shrink}: use a divisor of the sides, {side}"
+                )
+            found = Shrunk(found, self.shrink)
         return found if self.enlarge == 1 else Enlarged(found, self.enlarge)
 
     def objective(self) -> ClassificationObjective:
@@ -222,7 +254,7 @@ class HubImages(ImageTask):
         """See `Task.spec`; with ``size`` the data are not looked at."""
         if not self.size:
             return super().spec()
-        side = self.size * self.enlarge
+        side = self.size // self.shrink * self.enlarge
         shape = (side, side, 3 if self.color else 1)
         return {
             "inputs": jax.ShapeDtypeStruct(shape, np.float32),

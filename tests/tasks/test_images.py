@@ -50,6 +50,16 @@ def test_digits():
     np.testing.assert_array_equal(key(joined), key(original))
 
 
+def test_shrunk_pixels_are_means_of_squares():
+    rows = np.arange(5)
+    large, small = (Digits(shrink=k).source("test").batch(rows)["inputs"] for k in (1, 4))
+    assert small.shape == (5, 2, 2, 1) and small.dtype == np.float32
+    np.testing.assert_allclose(small[:, 0, 1, 0], large[:, :4, 4:, 0].mean(axis=(1, 2)), rtol=1e-5)
+    assert Digits(shrink=2, enlarge=2).source("test").batch(rows)["inputs"].shape == (5, 8, 8, 1)
+    with pytest.raises(DyncompError, match="divisor"):
+        Digits(shrink=3).source("test")
+
+
 @pytest.mark.skipif(not installed, reason="apt-get install dataset-fashion-mnist")
 def test_fashion_mnist():
     counts = {"train": 50_000, "validation": 5_000, "calibration": 5_000, "test": 10_000}
