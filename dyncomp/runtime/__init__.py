@@ -6,6 +6,13 @@ from dyncomp.runtime.host import HostExecutor
 from dyncomp.runtime.per_example import per_example
 from dyncomp.runtime.saved import load_segments, save_segments
 from dyncomp.runtime.segments import END, Segment, Segmented, from_model
+from dyncomp.runtime.solves import (
+    Solved,
+    SolveSegments,
+    fixed_point_segments,
+    from_continuous,
+    ode_segments,
+)
 from dyncomp.runtime.stream import Finished, StreamExecutor
 from dyncomp.runtime.traced import CompactExecutor, LaxExecutor, MaskedExecutor, Traced
 
@@ -20,10 +27,15 @@ __all__ = [
     "MaskedExecutor",
     "Segment",
     "Segmented",
+    "SolveSegments",
+    "Solved",
     "StreamExecutor",
     "Traced",
+    "fixed_point_segments",
+    "from_continuous",
     "from_model",
     "load_segments",
+    "ode_segments",
     "per_example",
     "save_segments",
 ]
