@@ -59,7 +59,11 @@ class StepControl:
     def factor(self, inverse: Any, before: Any, earlier: Any, keep: Any, order: int) -> Any:
         """The next step over this one; ``inverse``, ``before``, ``earlier``: 1/E_n, 1/E_{n-1}, 1/E_{n-2}."""
         p, i, d = self.pcoeff, self.icoeff, self.dcoeff
-        powers = ((inverse, (p + i + d) / order), (before, -(p + 2 * d) / order), (earlier, d / order))
+        powers = (
+            (inverse, (p + i + d) / order),
+            (before, -(p + 2 * d) / order),
+            (earlier, d / order),
+        )
         wanted = self.safety
         for value, exponent in powers:
             wanted = wanted * value**exponent if exponent else wanted
@@ -79,24 +83,26 @@ class Progress:
       accepted, rejected: int32 [b].
     """
 
-    t: Float[Array, "b"]
-    until: Float[Array, "b"]
+    t: Any
+    until: Any
     z: Any
     slope: Any
-    errors: Float[Array, "b two"]
-    accepted: Int[Array, "b"]
-    rejected: Int[Array, "b"]
+    errors: Any
+    accepted: Any
+    rejected: Any
 
 
 def blank(z: Float[Array, "b *n"]) -> Progress:
     """A solve that has not begun."""
     zero = jnp.zeros(z.shape[:1], z.dtype)
     none = jnp.zeros(z.shape[:1], jnp.int32)
-    return Progress(zero, zero, z, jnp.zeros_like(z), jnp.ones((z.shape[0], 2), z.dtype), none, none)
+    return Progress(
+        zero, zero, z, jnp.zeros_like(z), jnp.ones((z.shape[0], 2), z.dtype), none, none
+    )
 
 
 def begin(
-    field: BatchField, z: Float[Array, "b *n"], t0: float, t1: float, control: StepControl,
+    field: BatchField, z: Float[Array | np.ndarray, "b *n"], t0: float, t1: float, control: StepControl,
     tolerance: Any, order: int,
 ) -> Progress:  # fmt: skip
     """The start of a solve from t0 to t1: one evaluation of f, two where the first step is estimated.
@@ -128,7 +134,9 @@ def attempt(
     ``tableau.fresh`` evaluations of f. The pair must be first-same-as-last.
     """
     if not tableau.fsal or not tableau.error:
-        raise DyncompError("adaptive steps need an embedded pair, first same as last: tsit5 or dopri5")
+        raise DyncompError(
+            "adaptive steps need an embedded pair, first same as last: tsit5 or dopri5"
+        )
     running = ~done(at, t1)
     z, slopes = stages(field, tableau, at.t, at.until - at.t, at.z, at.slope)
     error = _combine(tableau.error, slopes, at.until - at.t)
@@ -167,7 +175,7 @@ def evaluations(at: Progress, tableau: Tableau, control: StepControl) -> Int[Arr
 
 
 def equal_steps(
-    field: BatchField, z: Float[Array, "b *n"], t1: float, steps: Any, tableau: Tableau
+    field: BatchField, z: Float[Array | np.ndarray, "b *n"], t1: float, steps: Any, tableau: Tableau
 ) -> Float[Array, "b *n"]:
     """z(t1) from t = 0 by equal steps; how many is a run-time argument, scalar or [b].
 

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dyncomp.core.dtypes import DTypes
@@ -58,9 +59,11 @@ class TanhCell(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b d"], train: bool = False) -> dict[str, Array]:
+    def __call__(
+        self, x: Float[Array | np.ndarray, "b d"], train: bool = False
+    ) -> dict[str, Array]:
         """``weight`` [width width], normalised, and ``injected`` [b width] = U x + b."""
-        shape, dtype = (self.width, self.width), self.dtypes.param
+        x, shape, dtype = jnp.asarray(x), (self.width, self.width), self.dtypes.param
         orthogonal, lecun = nn.initializers.orthogonal(), nn.initializers.lecun_normal()
         weight = param(self, "weight", orthogonal, shape, ("embed", None), dtype)
         inject = param(self, "inject", lecun, (x.shape[-1], self.width), ("embed", None), dtype)

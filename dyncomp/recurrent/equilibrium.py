@@ -46,15 +46,23 @@ class FixedPoint:
 
     def __post_init__(self):
         if self.gradient not in ("implicit", "one_step", "unroll"):
-            raise DyncompError(f"gradient={self.gradient!r}: use 'implicit', 'one_step' or 'unroll'")
+            raise DyncompError(
+                f"gradient={self.gradient!r}: use 'implicit', 'one_step' or 'unroll'"
+            )
         if self.backward not in ("iterate", "anderson", "broyden", "gmres"):
-            raise DyncompError(f"backward={self.backward!r}: use 'iterate', 'anderson', 'broyden' or 'gmres'")
+            raise DyncompError(
+                f"backward={self.backward!r}: use 'iterate', 'anderson', 'broyden' or 'gmres'"
+            )
         if self.solver not in FIXED_SOLVERS:
             raise DyncompError(f"solver={self.solver!r}: use one of {', '.join(FIXED_SOLVERS)}")
         if min(self.max_steps, self.memory, self.backward_steps) < 1 or self.backward_tolerance < 0:
-            raise DyncompError("FixedPoint: steps and memory are at least 1, tolerances not negative")
+            raise DyncompError(
+                "FixedPoint: steps and memory are at least 1, tolerances not negative"
+            )
 
-    def __call__(self, step: Step, given: Any, start: Any, tolerance: Any) -> tuple[Any, FixedStats]:
+    def __call__(
+        self, step: Step, given: Any, start: Any, tolerance: Any
+    ) -> tuple[Any, FixedStats]:
         """The point, or f of it where gradients flow, and what it took.
 
         Args:

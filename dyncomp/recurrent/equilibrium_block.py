@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dyncomp.core.aux import Aux, count
@@ -41,11 +42,11 @@ class EquilibriumBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b d"],
+        x: Float[Array | np.ndarray, "b d"],
         mask: Array | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
-        start: Float[Array, "b o"] | None = None,
+        start: Float[Array | np.ndarray, "b o"] | None = None,
     ) -> tuple[Float[Array, "b o"], Aux]:
         """The point; its plan (captured) are the `FixedStats`.
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -15,6 +16,7 @@ from dyncomp.core.norms import layer_norm
 from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Float
 
+Times = Float[Array | np.ndarray, "b"]
 Activation = Literal["tanh", "silu", "softplus", "relu"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -51,8 +53,9 @@ class MLPField(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, t: Float[Array, "b"], z: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    def __call__(self, t: Times, z: Float[Array | np.ndarray, "b d"]) -> Float[Array, "b d"]:
         """The slope at z and t."""
+        t, z = jnp.asarray(t), jnp.asarray(z)
         d, dtype, zeros = z.shape[-1], self.dtypes.param, nn.initializers.zeros_init()
         lecun = nn.initializers.lecun_normal()
         last = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
@@ -96,8 +99,11 @@ class ConvField(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, t: Float[Array, "b"], z: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    def __call__(
+        self, t: Times, z: Float[Array | np.ndarray, "b h w d"]
+    ) -> Float[Array, "b h w d"]:
         """The slope at z and t."""
+        t, z = jnp.asarray(t), jnp.asarray(z)
         d, hidden = z.shape[-1], self.hidden or z.shape[-1]
         y = self._conv("first", t, self._norm("first_norm", z), hidden, 1.0)
         return self._conv("second", t, self._norm("second_norm", y), d, self.gain)

@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Bool, Float, Int
+from dyncomp.core.typing import Array, Float
 
 FixedSolver = Literal["iterate", "anderson", "broyden", "newton"]
 FIXED_SOLVERS: tuple[FixedSolver, ...] = ("iterate", "anderson", "broyden", "newton")
@@ -29,10 +30,10 @@ class FixedStats:
       finished: bool, whether it is within the tolerance.
     """
 
-    needed: Int[Array, "b"]
-    executed: Int[Array, "b"]
-    residual: Float[Array, "b"]
-    finished: Bool[Array, "b"]
+    needed: Any
+    executed: Any
+    residual: Any
+    finished: Any
 
 
 @struct.dataclass
@@ -46,7 +47,7 @@ class _At:
 
 def fixed_point(
     f: Map,
-    z: Float[Array, "b *n"],
+    z: Float[Array | np.ndarray, "b *n"],
     tolerance: Any,
     *,
     solver: FixedSolver = "iterate",
@@ -71,7 +72,7 @@ def fixed_point(
         raise DyncompError(f"max_steps={max_steps}, memory={memory}: use 1 or more")
     shape = z.shape
     flat = lambda z: f(z.reshape(shape)).reshape(shape[0], -1)
-    start = z.reshape(shape[0], -1)
+    start = jnp.asarray(z).reshape(shape[0], -1)
     begin, propose = _methods(solver, flat, max_steps, memory)
     zero = jnp.zeros(shape[:1], jnp.int32)
     at = _At(start, flat(start), zero + 1, jnp.int32(1), begin(start))

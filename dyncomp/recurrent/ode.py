@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Bool, Int
 from dyncomp.recurrent import extra
 from dyncomp.recurrent.adaptive import StepControl, first_step
 from dyncomp.recurrent.reversible import reversible_heun
@@ -41,13 +40,13 @@ class SolveStats:
       finished: bool, whether t1 was reached within the bound on steps.
     """
 
-    accepted: Int[Array, "b"]
-    rejected: Int[Array, "b"]
-    again: Int[Array, "b"]
-    needed: Int[Array, "b"]
-    executed: Int[Array, "b"]
-    attempts: Int[Array, "b"]
-    finished: Bool[Array, "b"]
+    accepted: Any
+    rejected: Any
+    again: Any
+    needed: Any
+    executed: Any
+    attempts: Any
+    finished: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,13 +77,17 @@ class ODESolver:
         if self.solver not in (*TABLEAUS, "reversible_heun"):
             raise DyncompError(f"solver={self.solver!r}: use one of {', '.join(TABLEAUS)}")
         if self.adjoint not in ("checkpoint", "direct", "backsolve", "seminorm", "reversible"):
-            raise DyncompError(f"adjoint={self.adjoint!r}: use 'checkpoint', 'direct' or 'backsolve'")
+            raise DyncompError(
+                f"adjoint={self.adjoint!r}: use 'checkpoint', 'direct' or 'backsolve'"
+            )
         if (self.solver == "reversible_heun") != (self.adjoint == "reversible"):
             raise DyncompError("adjoint='reversible' and solver='reversible_heun' belong together")
         if not self.steps and self.solver not in PAIRS:
             raise DyncompError(f"solver={self.solver!r} has no error estimate: set steps >= 1")
         if self.steps < 0 or self.max_steps < 1:
-            raise DyncompError(f"steps={self.steps}, max_steps={self.max_steps}: not negative, >= 1")
+            raise DyncompError(
+                f"steps={self.steps}, max_steps={self.max_steps}: not negative, >= 1"
+            )
 
     def __call__(
         self,
@@ -111,7 +114,11 @@ class ODESolver:
         b = state[0].shape[0]
         tolerance = jnp.broadcast_to(jnp.asarray(tolerance, state[0].dtype), (b,))
         if self.solver == "reversible_heun":
-            heun = lambda both, t, state: field(*both, jnp.broadcast_to(t, (b,)), state)
+
+            def heun(both: Any, t: Any, state: State) -> State:
+                weights, given = both
+                return field(weights, given, jnp.broadcast_to(t, (b,)), state)
+
             state = reversible_heun(heun, (weights, given), state, t0, t1, self.steps)
             return state, self._stats(jnp.full((b,), self.steps, jnp.int32), 0 * tolerance, 0)
         step = self._first_step(field, weights, given, state, tolerance, t0, t1)
@@ -145,7 +152,9 @@ class ODESolver:
         names = {"euler": dx.Euler, "tsit5": dx.Tsit5, "dopri5": dx.Dopri5}
         method = names[self.solver]() if self.solver in names else extra.fourth_order()()
         fixed = bool(self.steps)
-        adapt = dx.ConstantStepSize() if fixed else extra.counting()(self._pid(tolerance, _of_state))
+        adapt = (
+            dx.ConstantStepSize() if fixed else extra.counting()(self._pid(tolerance, _of_state))
+        )
         found = dx.diffeqsolve(
             dx.ODETerm(f),
             method,

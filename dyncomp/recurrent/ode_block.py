@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dyncomp.core.aux import Aux, count
@@ -59,7 +60,7 @@ class ODEBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b *n d"],
+        x: Float[Array | np.ndarray, "b *n d"],
         mask: Array | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
@@ -92,10 +93,10 @@ class ODEBlock(nn.Module):
             plans={"solve": stats} if "plan" in capture else {},
         )
 
-    def widen(self, x: Float[Array, "b *n d"]) -> Float[Array, "b *n o"]:
+    def widen(self, x: Float[Array | np.ndarray, "b *n d"]) -> Float[Array, "b *n o"]:
         """z(0): x with zeros appended."""
         zeros = jnp.zeros((*x.shape[:-1], self.augment), x.dtype)
-        return jnp.concatenate([x, zeros], axis=-1) if self.augment else x
+        return jnp.concatenate([x, zeros], axis=-1)
 
     def _annealed(self) -> Any:
         """How many times the tolerance this training step has."""

@@ -77,7 +77,7 @@ def ode_segments(
     shape: tuple[int, ...],
     *,
     solver: str = "tsit5",
-    control: StepControl = StepControl(),
+    control: StepControl | None = None,
     tolerance: float = 1e-3,
     t1: float = 1.0,
     max_steps: int = 256,
@@ -97,7 +97,7 @@ def ode_segments(
       weights: pytree, given to all three functions.
       shape: of one answer.
       solver: "tsit5" or "dopri5".
-      control: of the steps.
+      control: of the steps; default, an I controller.
       tolerance: rtol; float32.
       t1: static.
       max_steps: attempts at most; rounded up to whole trips.
@@ -107,7 +107,10 @@ def ode_segments(
       prices: of ``before``, of an evaluation, of the arithmetic of an attempt, and of ``after``, for one example.
     """
     if solver not in ("tsit5", "dopri5") or attempts < 1 or max_steps < 1:
-        raise DyncompError(f"solver={solver!r}: use tsit5 or dopri5, with max_steps and attempts >= 1")
+        raise DyncompError(
+            f"solver={solver!r}: use tsit5 or dopri5, with max_steps and attempts >= 1"
+        )
+    control = control or StepControl()
     tableau, starting = TABLEAUS[solver], 1 if control.first_step else 2
 
     def begin(weights: Any, inputs: Any) -> adaptive.Progress:
@@ -200,7 +203,7 @@ def fixed_point_segments(
 def _looped(
     weights: Any, parts: tuple[Callable, ...], costs: tuple[Cost, ...], tolerance: float, trips: int
 ) -> Segmented:
-    """"start", then "steps" until an example has arrived, then "answer", which packs all into one array."""
+    """Segment start, then steps until an example has arrived, then answer, which packs all into one array."""
     begin, first, step, arrived, answer = parts
 
     def packed(weights: Any, at: Any, tolerance: Any) -> Array:

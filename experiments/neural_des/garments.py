@@ -20,6 +20,7 @@ from dyncomp.recurrent import (
     MLPField,
     ODEBlock,
     ODESolver,
+    StepControl,
     TanhCell,
     equal_steps,
 )
@@ -31,28 +32,34 @@ PENALTIES = {
     "jacobian": {"jacobian": 0.1},
     "both": {"kinetic": 0.1, "jacobian": 0.1},
 }
-WIDTH, HIDDEN, STEPS, BATCH, TEST = 32, 64, 800, 128, 2000
+WIDTH, HIDDEN, END, POINT = 16, 64, 4.0, 64
+STEPS, BATCH, TEST = {"ode": 300, "deq": 800}, 128, 2000
+RATES = {"ode": 1e-2, "deq": 2e-3}
 
 
 def ode_model(penalties: Any) -> ContinuousClassifier:
-    """A linear stem, an ODE block of width 32, a linear head."""
+    """A linear stem, an ODE block of width 16 to time 4, a linear head."""
+    solver = ODESolver(max_steps=1024, control=StepControl(first_step=0.0))
     core = functools.partial(
-        ODEBlock, functools.partial(MLPField, HIDDEN), ODESolver(max_steps=1024), penalties=tuple(penalties)
+        ODEBlock, functools.partial(MLPField, HIDDEN, gain=1.0), solver, end=END,
+        penalties=tuple(penalties),
     )  # fmt: skip
     return ContinuousClassifier(10, core, functools.partial(DenseStem, WIDTH))
 
 
 def deq_model(how: FixedPoint) -> ContinuousClassifier:
     """A linear stem, an equilibrium block of width 64 with |W| <= 0.9, a linear head."""
-    core = functools.partial(EquilibriumBlock, functools.partial(TanhCell, 2 * WIDTH), how)
-    return ContinuousClassifier(10, core, functools.partial(DenseStem, 2 * WIDTH))
+    core = functools.partial(EquilibriumBlock, functools.partial(TanhCell, POINT), how)
+    return ContinuousClassifier(10, core, functools.partial(DenseStem, POINT))
 
 
-def train(model: Any, weights: dict[str, float], seed: int, data: Any, steps: int) -> Any:
-    """(variables, one further step as a function of variables)."""
+def train(
+    model: Any, weights: dict[str, float], seed: int, data: Any, steps: int, rate: float
+) -> tuple[Any, Any]:
+    """Variables after so many steps, and after one more."""
     images, labels = data
     variables = nn.meta.unbox(model.init(fold(seed, 0, "params"), images[:2]))
-    adam = optax.adam(optax.cosine_decay_schedule(2e-3, steps, 0.05))
+    adam = optax.adam(optax.cosine_decay_schedule(rate, steps, 0.05))
 
     def loss_of(params: Any, x: Any, y: Any, key: Any) -> Any:
         rest = {"controls": variables["controls"], "params": params}
@@ -79,7 +86,9 @@ def evaluate(model: Any, variables: Any, data: Any) -> Callable[..., dict[str, A
     """A function of a tolerance: logits and stats of the test images, in batches of 500."""
     run = jax.jit(lambda v, x, **k: model.apply(v, x, capture=("plan",), **k))
 
-    def at(tolerance: float, variables: Any = variables, starts: Any = None, images: Any = data[0]) -> Any:
+    def at(
+        tolerance: float, variables: Any = variables, starts: Any = None, images: Any = data[0]
+    ) -> Any:
         controls = {"core": {**variables["controls"]["core"], "tolerance": jnp.float32(tolerance)}}
         variables, parts = {**variables, "controls": controls}, []
         for i in range(0, len(images), 500):
@@ -104,12 +113,12 @@ def distance(logits: Any, exact: Any) -> float:
 
 def flows(seed: int, arrays: Any, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """All arms of the ODE block."""
-    steps, test = (4 if quick else STEPS), arrays["test"]
+    steps, test = (4 if quick else STEPS["ode"]), arrays["test"]
     found: dict[str, Any] = {}
     kept = {}
     for name, weights in PENALTIES.items():
         model = ode_model(weights)
-        variables, _ = train(model, weights, seed, arrays["train"], steps)
+        variables, _ = train(model, weights, seed, arrays["train"], steps, RATES["ode"])
         at = evaluate(model, variables, test)
         logits, stats = at(1e-3)
         found[name] = score(logits, test[1], stats.needed)
@@ -122,8 +131,12 @@ def flows(seed: int, arrays: Any, quick: bool) -> tuple[dict[str, Any], dict[str
     fixed = equal(model, variables, test[0])
     for tol, (logits, stats) in sweep.items():
         mine = score(logits, test[1], stats.needed)
-        found[f"ode_{tol}"] = {**mine, "log_error": distance(logits, exact), "share": mine["nfe"] / last}
-        for who, tableau, price in (("rk4", RK4, 4), ("euler", EULER, 1)):
+        found[f"ode_{tol}"] = {
+            **mine,
+            "log_error": distance(logits, exact),
+            "share": mine["nfe"] / last,
+        }
+        for who, price in (("rk4", 4), ("euler", 1)):
             runs = -(-int(np.ceil(mine["nfe"])) // price)
             other = fixed(runs, who)
             found[f"{who}_{tol}"] = {
@@ -134,7 +147,12 @@ def flows(seed: int, arrays: Any, quick: bool) -> tuple[dict[str, Any], dict[str
     needed = sweep["1e-3"][1].needed
     order = np.argsort(needed, kind="stable")
     rows = np.concatenate([order[:12], order[-12:]])
-    return found, {"images": test[0][rows], "image_nfe": needed[rows], "label": test[1][rows], "all_nfe": needed}
+    return found, {
+        "images": test[0][rows],
+        "image_nfe": needed[rows],
+        "label": test[1][rows],
+        "all_nfe": needed,
+    }
 
 
 def equal(model: Any, variables: Any, images: Any) -> Callable[[int, str], Any]:
@@ -146,7 +164,9 @@ def equal(model: Any, variables: Any, images: Any) -> Callable[[int, str], Any]:
     @functools.partial(jax.jit, static_argnames="who")
     def run(params: Any, x: Any, steps: Any, who: str) -> Any:
         z = core.widen(stem.apply({"params": params["stem"]}, x))
-        z = equal_steps(lambda t, z: field(params["core"]["field"], t, z), z, 1.0, steps, tables[who])
+        z = equal_steps(
+            lambda t, z: field(params["core"]["field"], t, z), z, END, steps, tables[who]
+        )
         return model.apply({"params": params}, z, method="classify")
 
     return lambda steps, who: np.asarray(run(variables["params"], images, steps, who))
@@ -171,7 +191,9 @@ def at_random(
         z = core.widen(model.stem(parent=None).apply({"params": params["stem"]}, x))
         f = lambda weights, _, t, state: (field(weights, t, state[0]), {})
         nothing = jnp.zeros((x.shape[0], 0))
-        (z, _), stats = core.solver(f, params["core"]["field"], nothing, (z, {}), tolerance)
+        (z, _), stats = core.solver(
+            f, params["core"]["field"], nothing, (z, {}), tolerance, 0.0, END
+        )
         return model.apply({"params": params}, z, method="classify"), stats.needed
 
     low, high = -5.0, 1.0
@@ -193,7 +215,9 @@ def backwards(model: Any, variables: Any, images: Any) -> dict[str, float]:
     nothing, b = jnp.zeros((len(images), 0)), len(images)
     forward = lambda w, _, t, state: (field(w, t, state[0]), {})
     solver = core.solver
-    (end, _), _ = jax.jit(lambda w, z: solver(forward, w, nothing, (z, {}), 1e-5))(weights, z)
+    (end, _), _ = jax.jit(lambda w, z: solver(forward, w, nothing, (z, {}), 1e-5, 0.0, END))(
+        weights, z
+    )
     classify = lambda z: model.apply(variables, z, method="classify").max(axis=-1).sum()
     a, n = jax.grad(classify)(end), end.shape[1]
     flat = sum(leaf.size for leaf in jax.tree.leaves(weights))
@@ -205,12 +229,12 @@ def backwards(model: Any, variables: Any, images: Any) -> dict[str, float]:
             own = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(g)])
             return jnp.concatenate([-slope, back]), own
 
-        moved, g = jax.vmap(one)(1 - t, state[0][:, :n], state[0][:, n : 2 * n])
+        moved, g = jax.vmap(one)(END - t, state[0][:, :n], state[0][:, n : 2 * n])
         whole = state[0].shape[1] > 2 * n  # the gradient counts in the norm
         return (jnp.concatenate([moved, g], axis=1), {}) if whole else (moved, {"g": g})
 
     zeros, start = jnp.zeros((b, flat)), jnp.concatenate([end, a], axis=1)
-    run = jax.jit(lambda w, state: solver(adjoint, w, nothing, state, 1e-5)[1].needed)
+    run = jax.jit(lambda w, state: solver(adjoint, w, nothing, state, 1e-5, 0.0, END)[1].needed)
     norm = run(weights, (jnp.concatenate([start, zeros], axis=1), {}))
     semi = run(weights, (start, {"g": zeros}))
     return {"backward": float(semi.mean() / norm.mean()), "nfe": float(semi.mean())}
@@ -218,19 +242,23 @@ def backwards(model: Any, variables: Any, images: Any) -> dict[str, float]:
 
 def equilibria(seed: int, arrays: Any, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """All arms of the equilibrium block."""
-    steps, test = (4 if quick else STEPS), arrays["test"]
+    steps, test = (4 if quick else STEPS["deq"]), arrays["test"]
     model = deq_model(FixedPoint(max_steps=300))
-    variables, after = train(model, {}, seed, arrays["train"], steps)
+    variables, after = train(model, {}, seed, arrays["train"], steps, RATES["deq"])
     at = evaluate(model, variables, test)
     found: dict[str, Any] = {}
     sweep = {tol: at(float(tol)) for tol in TOLERANCES}
     exact, last = sweep["1e-6"][0], float(np.mean(sweep["1e-6"][1].needed))
     for tol, (logits, stats) in sweep.items():
         mine = score(logits, test[1], stats.needed)
-        found[f"deq_{tol}"] = {**mine, "log_error": distance(logits, exact), "share": mine["nfe"] / last}
+        found[f"deq_{tol}"] = {
+            **mine,
+            "log_error": distance(logits, exact),
+            "share": mine["nfe"] / last,
+        }
     k = int(np.ceil(found["deq_1e-3"]["nfe"]))
     unrolled = deq_model(FixedPoint(gradient="unroll", max_steps=k))
-    own, _ = train(unrolled, {}, seed, arrays["train"], steps)
+    own, _ = train(unrolled, {}, seed, arrays["train"], steps, RATES["deq"])
     logits, stats = evaluate(unrolled, own, test)(1e-3)
     found["unroll"] = score(logits, test[1], stats.needed)
     found |= warm(seed, model, variables, after, test[0], at)
@@ -242,7 +270,9 @@ def equilibria(seed: int, arrays: Any, quick: bool) -> tuple[dict[str, Any], dic
 def warm(seed: int, model: Any, before: Any, after: Any, images: Any, at: Any) -> dict[str, Any]:
     """Iterations to a residual of 1e-4 from zero, and from the point before an update or a move."""
     points = np.asarray(states(model, before, images))
-    moved = images + np.float32(0.02) * np.float32(np.random.default_rng([seed, 5]).normal(size=images.shape))
+    moved = images + np.float32(0.02) * np.float32(
+        np.random.default_rng([seed, 5]).normal(size=images.shape)
+    )
     runs = {
         "cold_update": at(1e-4, after),
         "warm_update": at(1e-4, after, points),
