@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Bool, Float, Int
+from dyncomp.core.typing import Array, Float
 from dyncomp.recurrent.tableau import Tableau
 
 BatchField = Callable[[Any, Any], Any]
@@ -163,13 +163,13 @@ def attempt(
     return jax.tree.map(lambda new, old: jnp.where(_like(running, old), new, old), moved, at)
 
 
-def done(at: Progress, t1: float) -> Bool[Array, "b"]:
-    """Which examples have reached t1."""
+def done(at: Progress, t1: float) -> Any:
+    """bool [b], which examples have reached t1."""
     return at.t >= jnp.asarray(t1, at.t.dtype)
 
 
-def evaluations(at: Progress, tableau: Tableau, control: StepControl) -> Int[Array, "b"]:
-    """Evaluations of f that every example needed so far, rejected steps and the start included."""
+def evaluations(at: Progress, tableau: Tableau, control: StepControl) -> Any:
+    """int [b], evaluations of f that every example needed so far, rejected steps and the start included."""
     start = 1 if control.first_step else 2
     return start + tableau.fresh * (at.accepted + at.rejected)
 
