@@ -113,6 +113,9 @@ class ODESolver:
             raise DyncompError(f"a solve from {t0} to {t1}: turn time round in f to go backwards")
         b = state[0].shape[0]
         tolerance = jnp.broadcast_to(jnp.asarray(tolerance, state[0].dtype), (b,))
+        if t1 == t0:
+            none = jnp.zeros((b,), jnp.int32)
+            return state, SolveStats(none, none, none, none, none, none, none == 0)
         if self.solver == "reversible_heun":
 
             def heun(both: Any, t: Any, state: State) -> State:
@@ -198,7 +201,7 @@ class ODESolver:
     def _first_step(self, field, weights, given, state, tolerance, t0, t1) -> Any:
         """[b], of an adaptive solve."""
         b, z = state[0].shape[0], state[0]
-        if self.control.first_step or self.steps or t0 == t1:
+        if self.control.first_step or self.steps:
             return jnp.full((b,), self.control.first_step or t1 - t0, z.dtype)
         f = lambda t, z: field(weights, given, t, (z, state[1]))[0]
         t = jnp.full((b,), t0, z.dtype)

@@ -39,7 +39,7 @@ def gradients():
     """By adjoint; the solves are tight, so what is left is the adjoint's own error."""
     found = {}
     with jax.enable_x64(True):
-        for adjoint in ("checkpoint", "backsolve", "seminorm"):
+        for adjoint in ("checkpoint", "seminorm"):
             of = loss(ODESolver(adjoint=adjoint), 1e-8)
             found[adjoint] = jax.device_get(jax.jit(jax.grad(of, argnums=(0, 1)))(WEIGHTS, Z))
     return found
@@ -68,10 +68,10 @@ def test_checkpointed_gradients_equal_finite_differences(gradients):
     np.testing.assert_allclose(grads[1][1, 0], difference, rtol=1e-6)
 
 
-@pytest.mark.parametrize("adjoint", ["backsolve", "seminorm"])
-def test_solving_the_adjoint_backwards_agrees_within_tolerance(gradients, adjoint):
-    np.testing.assert_allclose(flat(gradients[adjoint]), flat(gradients["checkpoint"]), atol=2e-6)
-    assert (flat(gradients[adjoint]) != flat(gradients["checkpoint"])).any()
+def test_solving_the_adjoint_backwards_agrees_within_tolerance(gradients):
+    found, exact = flat(gradients["seminorm"]), flat(gradients["checkpoint"])
+    np.testing.assert_allclose(found, exact, atol=2e-6)
+    assert (found != exact).any()
 
 
 def test_reversible_heun_has_the_gradient_of_its_own_steps():
