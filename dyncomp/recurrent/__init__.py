@@ -1,6 +1,7 @@
 """Depth in time: adaptive solvers of differential equations, fixed points, spiking steps."""
 
 from dyncomp.recurrent.adaptive import Progress, StepControl, equal_steps
+from dyncomp.recurrent.budgets import tolerance_for
 from dyncomp.recurrent.cells import TanhCell, power_norm
 from dyncomp.recurrent.equilibrium import FixedPoint, adjoint
 from dyncomp.recurrent.equilibrium_block import EquilibriumBlock
@@ -38,4 +39,5 @@ __all__ = [
     "power_norm",
     "residual",
     "reversible_heun",
+    "tolerance_for",
 ]

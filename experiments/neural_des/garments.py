@@ -23,6 +23,7 @@ from dyncomp.recurrent import (
     StepControl,
     TanhCell,
     equal_steps,
+    tolerance_for,
 )
 
 TOLERANCES = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
@@ -196,11 +197,9 @@ def at_random(
         )
         return model.apply({"params": params}, z, method="classify"), stats.needed
 
-    low, high = -5.0, 1.0
-    for _ in range(8):
-        middle = (low + high) / 2
-        logits, needed = run(variables["params"], test[0], draw * np.float32(10.0**middle))
-        low, high = (middle, high) if float(needed.mean()) > wanted else (low, middle)
+    at = lambda scale: run(variables["params"], test[0], draw * np.float32(scale))
+    scale = tolerance_for(lambda scale: float(at(scale)[1].mean()), wanted, low=1e-5, high=10.0)
+    logits, needed = at(scale)
     return {**score(logits, test[1], needed), "log_error": distance(logits, exact)}
 
 

@@ -22,6 +22,7 @@ from dyncomp.recurrent import (
     ODEBlock,
     ODESolver,
     TanhCell,
+    tolerance_for,
 )
 
 X = np.float32(np.random.default_rng(0).normal(size=(4, 3)))
@@ -90,6 +91,15 @@ def test_training_anneals_and_penalises(made):
     assert needed[0] <= needed[1] <= needed[2] and needed[0] < needed[2]
     assert float(controls["steps"]) == 3 and float(controls["tolerance"]) == np.float32(1e-3)
     assert penalties[2] > 0
+
+
+def test_a_budget_gives_a_tolerance():
+    """NFE = tolerance^(-1/5): a budget of 10 is met from 1e-5 on."""
+    needed = lambda tolerance: tolerance**-0.2
+    found = tolerance_for(needed, 10.0, steps=30)
+    assert 1e-5 <= found < 1.001e-5 and needed(found) <= 10.0
+    with pytest.raises(DyncompError, match="even tolerance 1 takes 1"):
+        tolerance_for(needed, 0.5)
 
 
 def test_prices_by_hand():
