@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "dyncomp_kernels"
-LIGHT = ("transformers", "torch", "gin", "datasets", "tensorflow")
+LIGHT = ("transformers", "torch", "gin", "datasets", "tensorflow", "diffrax", "equinox")
 TOP = {
     *("pyproject.toml", "dyncomp", "kernels", "experiments", "configs", "tests", "README.md"),
     *("Makefile", "docs", ".ci", "constraints.txt", "LICENSE", "CHANGELOG.md"),
@@ -152,7 +152,7 @@ def test_import_dyncomp_is_light():
 def test_library_imports_no_peer_and_no_config_language():
     code = f"""
 import sys
-from dyncomp import attention, exits, experts, models, pretrained, routers
+from dyncomp import attention, exits, experts, models, pretrained, recurrent, routers, runtime
 print([m for m in {LIGHT!r} if m in sys.modules])
 """
     assert run_python(code) == "[]"

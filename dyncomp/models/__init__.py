@@ -2,6 +2,7 @@
 
 from dyncomp.models.apart import apart, with_mixer, with_mixers
 from dyncomp.models.block import Block
+from dyncomp.models.continuous import ContinuousClassifier, ConvStem, DenseStem
 from dyncomp.models.conv_net import ConvNet
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.denoising import ExitingDenoiser
@@ -16,14 +17,7 @@ from dyncomp.models.head_patterns import (
     with_patterns,
     with_told,
 )
-from dyncomp.models.layout import (
-    apply,
-    is_stacked,
-    layer_caches,
-    stack,
-    unstack,
-    with_layer_caches,
-)
+from dyncomp.models.layout import apply, is_stacked, layer_caches, stack, unstack, with_layer_caches
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
 from dyncomp.models.normed_conv import NormedConv
@@ -37,9 +31,12 @@ from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
     "Block",
+    "ContinuousClassifier",
     "ConvBlock",
     "ConvNet",
+    "ConvStem",
     "DecoderLM",
+    "DenseStem",
     "ExitingClassifier",
     "ExitingDenoiser",
     "FactoredLM",

@@ -6,13 +6,20 @@ from dyncomp.runtime.host import HostExecutor
 from dyncomp.runtime.per_example import per_example
 from dyncomp.runtime.saved import load_segments, save_segments
 from dyncomp.runtime.segments import END, Segment, Segmented, from_model
+from dyncomp.runtime.solves import (
+    Solved,
+    SolveSegments,
+    fixed_point_segments,
+    from_continuous,
+    ode_segments,
+)
 from dyncomp.runtime.steps import from_steps
 from dyncomp.runtime.stream import Finished, StreamExecutor
 from dyncomp.runtime.traced import CompactExecutor, LaxExecutor, MaskedExecutor, Traced
 
 __all__ = [
-    "END",
     "CompactExecutor",
+    "END",
     "Executed",
     "Finished",
     "Graph",
@@ -21,11 +28,16 @@ __all__ = [
     "MaskedExecutor",
     "Segment",
     "Segmented",
+    "SolveSegments",
+    "Solved",
     "StreamExecutor",
     "Traced",
+    "fixed_point_segments",
+    "from_continuous",
     "from_model",
     "from_steps",
     "load_segments",
+    "ode_segments",
     "per_example",
     "save_segments",
 ]
