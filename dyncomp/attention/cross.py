@@ -124,7 +124,7 @@ class CrossAttention(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Reads keys and values that are there; arguments as in a call."""
         (b, t), s = x.shape[:2], keys.shape[1]
-        allowed = None if seen is None else seen[:, None, :]
+        allowed = None if seen is None else jnp.broadcast_to(seen[:, None, :], (b, t, s))
         y = self.out(attend(self.q(x), keys, values, allowed))
         own = jnp.full((b,), t, jnp.int32)
         own = own if mask is None else jnp.sum(mask.astype(bool), axis=1, dtype=jnp.int32)

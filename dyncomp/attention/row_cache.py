@@ -22,12 +22,12 @@ class RowCache(CacheState):
       policy: the policy that made it (static).
     """
 
-    keys: Float[Array, "b s g p"]
-    values: Float[Array, "b s g p"]
+    keys: Any  # unchecked: jax also builds trees of shapes
+    values: Any
     policy: Any = struct.field(pytree_node=False)
 
     @property
-    def length(self) -> Int[Array, ""]:
+    def length(self) -> Int[Array, ""]:  # pyrefly: ignore
         """No place is given out: passes bring their positions."""
         return jnp.int32(0)
 
@@ -62,7 +62,9 @@ class RowSlots:
         empty = jnp.zeros((batch, self.max_length, kv_heads, head_dim), dtype)
         return RowCache(empty, empty, self)
 
-    def attend(self, cache: RowCache, asked: Asked) -> tuple[RowCache, Float[Array, "b t h p"], Work]:
+    def attend(
+        self, cache: RowCache, asked: Asked
+    ) -> tuple[RowCache, Float[Array, "b t h p"], Work]:
         """The new position and those before it in its row.
 
         Raises:

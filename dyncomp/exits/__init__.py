@@ -5,20 +5,25 @@ from dyncomp.exits.budgets import deepest_exit, solve_thresholds
 from dyncomp.exits.controllers import HeadWarmUp, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
+from dyncomp.exits.layerwise import LayerwiseObjective
 from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective
 from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, decide
+from dyncomp.exits.saturation import Decay, SaturationRule
 
 __all__ = [
     "ConfidenceRule",
+    "Decay",
     "ExitBank",
     "ExitGates",
     "ExitHeads",
     "GateRule",
     "HeadWarmUp",
     "JointExitObjective",
+    "LayerwiseObjective",
     "MultiExitObjective",
     "PatienceRule",
     "PositiveWeights",
+    "SaturationRule",
     "decide",
     "deepest_exit",
     "gate_features",

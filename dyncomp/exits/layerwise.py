@@ -9,7 +9,7 @@ import optax
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.metrics import Mean
-from dyncomp.core.typing import Array, Float
+from dyncomp.core.typing import Array, Float, Int
 
 Weights = Literal["uniform", "last"]
 
@@ -46,10 +46,17 @@ class LayerwiseObjective:
         layers = output["layers"] if "layers" in output else output["final"][None]
         layers = layers[-1:] if self.weights == "last" else layers
         mask, targets = jnp.asarray(batch["mask"]), jnp.asarray(batch["targets"])
-        tiled = jnp.broadcast_to(targets, layers.shape[:-1])
-        nll = optax.softmax_cross_entropy_with_integer_labels(layers.astype(jnp.float32), tiled)
-        each = jnp.sum(nll * mask[None], axis=(1, 2)) / jnp.maximum(jnp.sum(mask), 1.0)
+        each = layer_losses(layers, targets, mask)
         right = jnp.argmax(layers, axis=-1) == targets[None]
-        found = {"nll": Mean.of(nll[-1], mask)}
+        found = {"nll": Mean.of(each[-1])}
         found |= {f"words_layer_{i}": Mean.of(row, mask) for i, row in enumerate(right)}
         return (jnp.mean if self.reduce == "mean" else jnp.sum)(each), found
+
+
+def layer_losses(
+    layers: Float[Array, "l b t v"], targets: Int[Array, "b t"], mask: Float[Array, "b t"]
+) -> Float[Array, "l"]:
+    """Cross-entropy of every layer, nats a word that counts."""
+    tiled = jnp.broadcast_to(targets, layers.shape[:-1])
+    nll = optax.softmax_cross_entropy_with_integer_labels(layers.astype(jnp.float32), tiled)
+    return jnp.sum(nll * mask[None], axis=(1, 2)) / jnp.maximum(jnp.sum(mask), 1.0)

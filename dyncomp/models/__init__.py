@@ -2,7 +2,9 @@
 
 from dyncomp.models.apart import apart, with_mixer, with_mixers
 from dyncomp.models.block import Block
+from dyncomp.models.cross_block import CrossBlock
 from dyncomp.models.decoder_lm import DecoderLM
+from dyncomp.models.encoder_decoder import EncoderDecoder
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.factored import FactoredLM
@@ -24,7 +26,9 @@ from dyncomp.models.layout import (
 )
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
+from dyncomp.models.packed import ImageTextRow
 from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
+from dyncomp.models.saturating import SaturatingVLM
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.stopping import StoppingLM
@@ -33,17 +37,21 @@ from dyncomp.models.vit import VisionTransformer
 __all__ = [
     "Block",
     "ConvBlock",
+    "CrossBlock",
     "DecoderLM",
+    "EncoderDecoder",
     "ExitingClassifier",
     "FactoredLM",
     "Group",
     "GroupStack",
     "HalvingConv",
     "HeadPatterns",
+    "ImageTextRow",
     "Level",
     "NestedLM",
     "Norm",
     "Pyramid",
+    "SaturatingVLM",
     "SkippingLM",
     "StoppingLM",
     "VisionTransformer",

@@ -68,21 +68,18 @@ class CrossBlock(nn.Module):
         """
         below = below or {}
         own = None if cache is None else cache["mixer"]
-        y, mixed = self.attn(
-            self.attn_norm(x), positions, mask, own, train=train, capture=capture
-        )
+        y, mixed = self.attn(self.attn_norm(x), positions, mask, own, train=train, capture=capture)
         x = constrain(x + y, ACTIVATION)
         rows = self.cross_norm(x)
         if cache is None:
             y, read = self.cross(rows, below["memory"], below["seen"], mask)
         else:
             y, read = self.cross.read(rows, cache["keys"], cache["values"], below["seen"], mask)
-            kept = {name: cache[name] for name in ("keys", "values")}
         x = constrain(x + y, ACTIVATION)
         y, fed = self.feed(self.feed_norm(x), mask, train=train, capture=capture)
         x = constrain(x + y, ACTIVATION)
         aux = nest(mixer=mixed, cross=read, ffn=fed)
-        after = None if cache is None else {"mixer": mixed.cache, **kept}
+        after = None if cache is None else {**cache, "mixer": mixed.cache}
         plans = {**aux.plans, "hidden": x} if "hidden" in capture else aux.plans
         return x, dataclasses.replace(aux, cache=after, plans=plans, below=dict(below))
 

@@ -13,10 +13,26 @@ from dyncomp.models.block import ACTIVATION
 from dyncomp.models.group import Execution, Group, GroupStack, Remat, check_execution
 from dyncomp.models.norm import Norm, NormKind
 from dyncomp.models.packed import ImageTextRow
-from dyncomp.models.vit import PatchEmbed
+from dyncomp.models.vit import patches
 from dyncomp_kernels.dense_matmul.api import dense_matmul
 
 Streams = Literal["apart", "joint"]
+
+
+class PatchProjection(nn.Module):
+    """A linear map of non-overlapping patches; without positions."""
+
+    patch: int
+    d_model: int
+    dtypes: DTypes = DTypes()
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w _"]) -> Float[Array, "b n d"]:
+        """Tokens in row-major order."""
+        rows = patches(images, self.patch).astype(self.dtypes.compute)
+        lecun, shape = nn.initializers.lecun_normal(), (rows.shape[-1], self.d_model)
+        kernel = param(self, "kernel", lecun, shape, (None, "embed"), self.dtypes.param)
+        return rows @ kernel.astype(rows.dtype)
 
 
 class EncoderDecoder(nn.Module):
@@ -69,13 +85,16 @@ class EncoderDecoder(nn.Module):
     def setup(self):  # noqa: D102
         small, d, dtype = nn.initializers.normal(0.02), self.d_model, self.dtypes.param
         table = lambda name, rows, axis: param(self, name, small, (rows, d), (axis, "embed"), dtype)
-        self.patches = PatchEmbed(self.patch, d, False, self.dtypes)
+        norm = lambda: Norm(self.norm, self.eps, self.dtypes)
+        self.patches = PatchProjection(self.patch, d, self.dtypes)
         self.embedding = table("embed", self.vocab_size, "vocab")
-        self.text_places = table("text_positions", self.row.text, None)
-        self.word_places = table("word_positions", self.longest or self.row.answer, None)
+        longest = self.longest or self.row.answer
+        rows = {"image": self.patch_tokens, "text": self.row.text, "words": longest}
+        self.places = {name: table(f"{name}_positions", n, None) for name, n in rows.items()}
+        self.content_norm = {name: norm() for name in rows}
+        self.place_norm = {name: norm() for name in rows}
         self.reader, self.writer = self._stacks()
-        self.memory_norm = Norm(self.norm, self.eps, self.dtypes)
-        self.final_norm = Norm(self.norm, self.eps, self.dtypes)
+        self.memory_norm, self.final_norm = norm(), norm()
         if not self.tie:
             lecun = nn.initializers.lecun_normal()
             self.head = param(self, "head", lecun, (d, self.vocab_size), ("embed", "vocab"), dtype)
@@ -102,13 +121,22 @@ class EncoderDecoder(nn.Module):
         self, images: Float[Array, "b h w c"], text: Int[Array, "b q"]
     ) -> dict[str, tuple[Float[Array, "b n d"], Bool[Array, "b n"]]]:
         """Name -> (embedded tokens, which are real), one entry a stream that the encoder reads for itself."""
-        x = self.patches(images)
-        y = jnp.take(self.embedding, text, axis=0).astype(self.dtypes.compute)
-        y = constrain(y + self.text_places.astype(y.dtype)[None], ACTIVATION)
+        x = self._placed("image", self.patches(images))
+        y = self._placed("text", jnp.take(self.embedding, text, axis=0))
         real = jnp.ones(x.shape[:2], bool), text != 0
         if self.streams == "apart":
             return {"image": (x, real[0]), "text": (y, real[1])}
         return {"joint": (jnp.concatenate([x, y], axis=1), jnp.concatenate(real, axis=1))}
+
+    def _placed(self, kind: str, content: Array, places: Array | None = None) -> Array:
+        """Content and position, each behind a norm of its own (OFA), so that neither drowns the other at first."""
+        where = self.places[kind]
+        where = where[None] if places is None else jnp.take(where, places, axis=0)
+        dtype = self.dtypes.compute
+        x = self.content_norm[kind](content.astype(dtype)) + self.place_norm[kind](
+            where.astype(dtype)
+        )
+        return constrain(x, ACTIVATION)
 
     def encode(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], train: bool = False
@@ -127,8 +155,7 @@ class EncoderDecoder(nn.Module):
 
     def embed_words(self, words: Int[Array, "b t"], places: Int[Array, "#b t"]) -> Array:
         """What the decoder's first block reads, [b t d]."""
-        x = jnp.take(self.embedding, words, axis=0) + jnp.take(self.word_places, places, axis=0)
-        return constrain(x.astype(self.dtypes.compute), ACTIVATION)
+        return self._placed("words", jnp.take(self.embedding, words, axis=0), places)
 
     def decode(
         self,

@@ -1,5 +1,6 @@
 """An encoder-decoder that leaves its streams and its decoder's steps where hidden states stop to change (MuE)."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -25,9 +26,9 @@ Carry = dict[str, Any]
 class SaturatingVLM(nn.Module):
     """Three decisions by one rule (arXiv 2211.11152): picture, text, and the decoder at every word.
 
-    Each stream of the encoder stops after the first layer whose output is similar enough to its input; the decoder reads
-    what they left, and each of its steps ends in the same way. Training runs everything and gives the logits of every
-    decoder layer (`exits.LayerwiseObjective`); thresholds are only used afterwards. Rows of a batch decide alone.
+    Each stream of the encoder stops after the first layer whose output is similar enough to its input; the decoder
+    reads what they left, and each of its steps ends in the same way. Training runs everything and gives the logits of
+    every decoder layer (`exits.LayerwiseObjective`); thresholds are only used afterwards. Rows of a batch decide alone.
 
     Parameters: ``net``. Controls: ``image`` and ``text`` (or ``joint``) and ``decoder``, thresholds.
 
@@ -56,7 +57,9 @@ class SaturatingVLM(nn.Module):
     def __post_init__(self):
         check_factory(self.net, "SaturatingVLM.net")
         if self.self_fill not in ("copy", "recompute"):
-            raise DyncompError(f"SaturatingVLM.self_fill={self.self_fill!r}: use 'copy' or 'recompute'")
+            raise DyncompError(
+                f"SaturatingVLM.self_fill={self.self_fill!r}: use 'copy' or 'recompute'"
+            )
         if self.cross_fill not in ("own", "copy"):
             raise DyncompError(f"SaturatingVLM.cross_fill={self.cross_fill!r}: use 'own' or 'copy'")
         super().__post_init__()
@@ -102,9 +105,9 @@ class SaturatingVLM(nn.Module):
           capture: "plan" for the `ExitPlan` of each stream and of the words (rows: examples by words).
 
         Returns:
-          In training ``layers`` [l b t v], the logits of every decoder layer, and ``emitted`` and ``final`` [b t v], the
-          last one's. Else ``emitted``, with exits and the caches they leave, word by word with the words of the row
-          (so an answer is right throughout just where greedy writing gives it); ``final``, without exits;
+          In training ``layers`` [l b t v], the logits of every decoder layer, and ``emitted`` and ``final``
+          [b t v], the last one's. Else ``emitted``, with exits and the caches they leave, word by word with the words
+          of the row (so an answer is right throughout just where greedy writing gives it); ``final``, without exits;
           ``image_layers``, ``text_layers`` [b], ``decoder_layers`` [b t], layers run; ``time`` [b t], layers run over
           all layers with the encoder charged to every word (1 - expected time reduction).
         """
@@ -123,17 +126,16 @@ class SaturatingVLM(nn.Module):
             ran = price.everything(self.template(), real, words.shape)
             output = {"layers": layers, "emitted": layers[-1], "final": layers[-1]}
             return output, Aux(events=price.events(self.template(), real, ran, mask))
-        plans, left = {}, []
-        for name, x in states.items():
-            plans[name] = saturated(similarities(x, real[name]), controls[name])
-            left.append(_at(x[1:], plans[name].exit))
-        carry, scores = self.write(self.inner.remember(*left), seen, words, controls["decoder"])
+        memory, plans = self._leave(states, real, controls)
+        carry, scores = self.write(memory, seen, words, controls["decoder"])
         ran = {name: plan.exit + 1 for name, plan in plans.items()}
         ran |= {"decoder": carry["depth"], "made": carry["made"]}
         output = {"emitted": carry["logits"], "final": layers[-1]}
         output |= {f"{name}_layers": ran[name] for name in (*self.streams, "decoder")}
         output["time"] = price.time_share(self.template(), real, ran)
-        plans["decoder"] = ExitPlan(carry["depth"].reshape(-1) - 1, scores.reshape(-1, scores.shape[-1]))
+        plans["decoder"] = ExitPlan(
+            carry["depth"].reshape(-1) - 1, scores.reshape(-1, scores.shape[-1])
+        )
         fills = self.self_fill == "recompute"
         events = price.events(self.template(), real, ran, mask, fills=fills)
         return output, Aux(events=events, plans=plans if "plan" in capture else {})
@@ -145,6 +147,44 @@ class SaturatingVLM(nn.Module):
         images, text, _ = self.inner.row.unpack(inputs)
         read = self.inner.streams_of(images, text)
         return {name: (self.inner.encode(x, real), real) for name, (x, real) in read.items()}
+
+    def _leave(self, states: Any, real: Any, thresholds: Any) -> tuple[Array, dict[str, ExitPlan]]:
+        """The memory that streams leave, and where each left."""
+        plans, left = {}, []
+        for name, x in states.items():
+            plans[name] = saturated(similarities(x, real[name]), thresholds[name])
+            left.append(_at(x[1:], plans[name].exit))
+        return self.inner.remember(*left), plans
+
+    def generate(
+        self, inputs: Float[Array | np.ndarray, "b m"], thresholds: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Greedy writing from the first word of ``answer``, masked.
+
+        Args:
+          inputs: as in a call; the other words are not looked at.
+          thresholds: of every control.
+
+        Returns:
+          ``words`` int32 [b t], up to the end, then 0; ``decoder_layers`` [b t], 0 after the end; ``time`` [b t] and
+          the streams' layers as in a call; ``logits`` [b t v].
+        """
+        read = self.states(inputs)
+        states = {name: x for name, (x, _) in read.items()}
+        real = {name: mask for name, (_, mask) in read.items()}
+        memory, plans = self._leave(states, real, thresholds)
+        words = self.inner.row.unpack(inputs)[2]
+        seen = jnp.concatenate(list(real.values()), axis=1)
+        carry, _ = self.write(memory, seen, words, thresholds["decoder"], free=True)
+        ran = {name: plan.exit + 1 for name, plan in plans.items()} | {"decoder": carry["depth"]}
+        chosen = jnp.argmax(carry["logits"], axis=-1).astype(jnp.int32)
+        output = {"words": jnp.where(carry["depth"] > 0, chosen, 0), "logits": carry["logits"]}
+        output |= {f"{name}_layers": layers for name, layers in ran.items()}
+        return {
+            **output,
+            "made": carry["made"],
+            "time": price.time_share(self.template(), real, ran),
+        }
 
     # ---- writing, one word of each row at a time
 
@@ -182,8 +222,13 @@ class SaturatingVLM(nn.Module):
             carry = _where(going, new, carry)
             return (carry, going & ~ended if free else going), jnp.stack(said, axis=1)
 
-        share = {"variable_broadcast": "params", "split_rngs": {"params": False}}
-        scan = nn.scan(word, **share, length=words.shape[1], out_axes=1)
+        scan = nn.scan(
+            word,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=words.shape[1],
+            out_axes=1,
+        )
         start = self.start(memory, seen, words), jnp.ones(words.shape[:1], bool)
         (carry, _), scores = scan(self, start, None)
         return carry, scores
@@ -196,7 +241,10 @@ class SaturatingVLM(nn.Module):
         (b, t), depth = words.shape, net.decoder_depth
         block = net.blocks()[1](parent=None, dtypes=self.dtypes)
         _, kv_heads, head_dim = block.mixer(parent=None, dtypes=self.dtypes).sizes(net.d_model)
-        dtype, shape = self.dtypes.compute, (b, memory.shape[1], block.heads, net.d_model // block.heads)
+        dtype, shape = (
+            self.dtypes.compute,
+            (b, memory.shape[1], block.heads, net.d_model // block.heads),
+        )
         cache = {
             "mixer": RowSlots(t).init(b, kv_heads, head_dim, dtype),
             "keys": jnp.zeros(shape, dtype),

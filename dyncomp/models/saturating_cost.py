@@ -127,8 +127,10 @@ def time_share(
     net: EncoderDecoder, real: Mapping[str, Bool[Array, "b n"]], ran: Ran
 ) -> Float[Array, "b t"]:
     """(n_E + n_D) / (N_E + N_D) of every word; n_E is the mean over positions that are read (ours)."""
-    each = {name: jnp.sum(positions, axis=1).astype(jnp.float32) for name, positions in real.items()}
-    spent = sum(size * ran[name].astype(jnp.float32) for name, size in each.items())
-    encoder = spent / sum(each.values())
+    each = {
+        name: jnp.sum(positions, axis=1).astype(jnp.float32) for name, positions in real.items()
+    }
+    spent = [size * ran[name].astype(jnp.float32) for name, size in each.items()]
+    encoder = jnp.sum(jnp.stack(spent), axis=0) / jnp.sum(jnp.stack(list(each.values())), axis=0)
     layers = encoder[:, None] + ran["decoder"].astype(jnp.float32)
     return layers / jnp.float32(net.encoder_depth + net.decoder_depth)

@@ -1,5 +1,6 @@
 """Fast execution of networks that decide: segments, buckets, executors."""
 
+from dyncomp.runtime.encoder_decoder import from_saturating
 from dyncomp.runtime.executed import Executed
 from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.host import HostExecutor
@@ -23,6 +24,7 @@ __all__ = [
     "StreamExecutor",
     "Traced",
     "from_model",
+    "from_saturating",
     "load_segments",
     "per_example",
     "save_segments",

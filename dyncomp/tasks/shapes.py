@@ -1,6 +1,7 @@
 """Scenes of a few coloured shapes: a question with a short answer, or a description in words."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -20,24 +21,24 @@ Kind = Literal["answer", "caption", "both"]
 
 COLOURS = {
     "red": (0.9, 0.2, 0.2), "green": (0.2, 0.75, 0.25), "blue": (0.2, 0.35, 0.95),
-    "yellow": (0.9, 0.85, 0.2), "purple": (0.7, 0.25, 0.8),
+    "yellow": (0.9, 0.85, 0.2),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "cross")
+PLACES = tuple(f"place-{number}" for number in range(1, 10))
 SPECIAL = ("<pad>", "<start>", "<end>")
-OTHER = ("yes", "no", "left-of", "above", "colour-of", "shape-of", "is-there", "describe")
-WORDS = (*SPECIAL, *COLOURS, *SHAPES, *OTHER)
+FORMS = ("colour-at", "shape-at", "colour-of", "place-of")
+WORDS = (*SPECIAL, *COLOURS, *SHAPES, *PLACES, *FORMS, "left-of", "above", "describe")
 WORD = {word: number for number, word in enumerate(WORDS)}
 PAD, START, END = (WORD[word] for word in SPECIAL)
 
 
+@functools.lru_cache
 def stencil(shape: str, side: int) -> Bool[np.ndarray, "s s"]:
     """The pixels of a shape in a square of ``side`` pixels."""
     centre = (side - 1) / 2
     y, x = np.mgrid[:side, :side] - centre
     if shape == "circle":
         return y**2 + x**2 <= (centre + 0.25) ** 2
-    if shape == "triangle":
-        return np.abs(x) <= (y + centre) / 2 + 0.25
     if shape == "cross":
         return (np.abs(x) <= side / 6) | (np.abs(y) <= side / 6)
     return np.ones((side, side), bool)
@@ -65,11 +66,11 @@ class ShapeSource:
 class ShapeScenes(Task):
     """A noisy picture of shapes on a grid, and a text that says what is wanted.
 
-    A scene has distinct shapes in distinct colours, each in a cell of its own, moved by a pixel or two. ``answer`` asks
-    "colour-of SHAPE", "shape-of COLOUR" or "is-there COLOUR SHAPE" (half of the time there is; else colour or shape is
-    another one's of the scene or of none) and wants one word. ``caption`` says "describe" and wants the first two
-    shapes in reading order: "red circle left-of blue square" where they lie in one row, "above" else; "red circle" where
-    there is one shape; then the end. "both" mixes them evenly.
+    A scene has distinct shapes in distinct colours, each in a cell of its own, moved by up to two pixels. ``answer``
+    asks "colour-at PLACE", "shape-at PLACE", "colour-of SHAPE" or "place-of SHAPE" of something that is there and wants
+    one word; places are the cells in reading order. ``caption`` says "describe" and wants the first two shapes in that
+    order: "red circle left-of blue square" where they lie in one row, "above" else; "red circle" where there is one;
+    then the end. "both" mixes them.
 
     A batch holds ``inputs`` float32 [b m] (`ImageTextRow`: the picture, the text, and the words that the decoder
     reads), ``targets`` int32 [b t], ``mask`` float32 [b t], 1 for words that count.
@@ -78,35 +79,40 @@ class ShapeScenes(Task):
       kind: see above.
       side: pixels of a side.
       grid: cells of a side; ``side / grid`` pixels a cell, of which a shape leaves 2 free.
-      most: shapes of a scene; a question's scene has two or more.
+      captions: share of descriptions in "both"; each has up to six words to a question's one.
+      most: shapes of a scene.
       noise: standard deviation of the pixels' noise.
+      text: tokens of a text, padding included; 2 or more.
       words: most words of an answer; 1 will do for "answer", captions need 6.
       examples: of each split.
     """
 
     headline: ClassVar[str] = "accuracy"
     minimize: ClassVar[bool] = False
-    text: ClassVar[int] = 3
 
     kind: Kind = "both"
     side: int = 20
     grid: int = 2
-    most: int = 4
+    captions: float = 0.25
+    most: int = 3
     noise: float = 0.1
+    text: int = 2
     words: int = 6
     examples: int = 65_536
 
     def __post_init__(self):
         if self.kind not in ("answer", "caption", "both"):
             raise DyncompError(f"ShapeScenes.kind={self.kind!r}: use 'answer', 'caption' or 'both'")
-        if self.grid < 1 or self.side % self.grid or self.side // self.grid < 5:
+        if not 1 <= self.grid <= 3 or self.side % self.grid or self.side // self.grid < 5:
             raise DyncompError(
-                f"ShapeScenes: side={self.side}, grid={self.grid}; cells need 5 pixels or more"
+                f"ShapeScenes: side={self.side}, grid={self.grid}; use 1 to 3 cells of 5 pixels or more"
             )
-        if not 2 <= self.most <= min(len(SHAPES), self.grid**2):
+        if not 1 <= self.most <= min(len(SHAPES), self.grid**2):
             raise DyncompError(
-                f"ShapeScenes.most={self.most}: use 2 to {min(len(SHAPES), self.grid**2)} shapes"
+                f"ShapeScenes.most={self.most}: use 1 to {min(len(SHAPES), self.grid**2)} shapes"
             )
+        if self.text < 2:
+            raise DyncompError(f"ShapeScenes.text={self.text}: questions have two words")
         if self.words < (1 if self.kind == "answer" else 6):
             raise DyncompError(f"ShapeScenes.words={self.words}: captions need 6, answers 1")
 
@@ -120,24 +126,22 @@ class ShapeScenes(Task):
     def example(self, split: Split, index: int) -> dict[str, np.ndarray]:
         """One example: image [h w 3], text [q], reads, targets [t] and mask [t]."""
         draw = np.random.Generator(np.random.Philox(key=[SPLITS.index(split), index]))
-        captions = self.kind == "caption" or (self.kind == "both" and draw.random() < 0.5)
-        count = int(draw.integers(1 if captions else 2, self.most + 1))
+        captions = self.kind == "caption" or (self.kind == "both" and draw.random() < self.captions)
+        count = int(draw.integers(1, self.most + 1))
         shapes = draw.permutation(len(SHAPES))[:count]
         colours = draw.permutation(len(COLOURS))[:count]
         cells = np.sort(draw.permutation(self.grid**2)[:count])
         named = [(list(COLOURS)[c], SHAPES[s]) for c, s in zip(colours, shapes, strict=True)]
         image = self._picture(draw, named, cells)
-        text, said = self._caption(named, cells) if captions else _question(draw, named)
-        ids = lambda words: [WORD[word] for word in words]
-        padded = lambda own, n: np.asarray([*own, *[PAD] * (n - len(own))][:n], np.int32)
-        targets = [*ids(said), END] if captions else ids(said)
+        text, said = self._caption(named, cells) if captions else _question(draw, named, cells)
+        targets = [WORD[word] for word in said] + [END] * captions
         mask = np.zeros(self.words, np.float32)
         mask[: len(targets)] = 1.0
         return {
             "image": image,
-            "text": padded(ids(text), self.text),
-            "reads": padded([START, *targets[:-1]], self.words),
-            "targets": padded(targets, self.words),
+            "text": _padded([WORD[word] for word in text], self.text),
+            "reads": _padded([START, *targets[:-1]], self.words),
+            "targets": _padded(targets, self.words),
             "mask": mask,
         }
 
@@ -145,7 +149,9 @@ class ShapeScenes(Task):
         cell = self.side // self.grid
         image = np.zeros((self.side, self.side, 3), np.float32)
         for (colour, shape), place in zip(named, cells, strict=True):
-            top, left = (cell * part + int(draw.integers(0, 3)) for part in divmod(place, self.grid))
+            top, left = (
+                cell * part + int(draw.integers(0, 3)) for part in divmod(place, self.grid)
+            )
             own = stencil(shape, cell - 2)
             size = slice(top, top + cell - 2), slice(left, left + cell - 2)
             image[size][own] = COLOURS[colour]
@@ -203,23 +209,26 @@ class ShapeScenes(Task):
 
 
 def right_throughout(
-    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], mask: Float[Array, "b t"]
+    logits: Float[Array, "b t v"],
+    targets: Int[Array | np.ndarray, "b t"],
+    mask: Float[Array | np.ndarray, "b t"],
 ) -> Bool[Array, "b"]:
     """Whether the likeliest word is the right one wherever the mask says that it counts."""
-    return jnp.all((jnp.argmax(logits, axis=-1) == targets) | (mask == 0), axis=1)
+    return jnp.all((jnp.argmax(logits, axis=-1) == targets) | (jnp.asarray(mask) == 0), axis=1)
 
 
-def _question(draw: Any, named: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+def _padded(ids: list[int], length: int) -> Int[np.ndarray, "n"]:
+    own = np.zeros(length, np.int32)
+    own[: len(ids)] = ids
+    return own
+
+
+def _question(
+    draw: Any, named: list[tuple[str, str]], cells: Int[np.ndarray, "n"]
+) -> tuple[list[str], list[str]]:
     """(text, answer) about one of the scene's shapes."""
-    form, (colour, shape) = int(draw.integers(3)), named[int(draw.integers(len(named)))]
-    if form == 0:
-        return ["colour-of", shape], [colour]
-    if form == 1:
-        return ["shape-of", colour], [shape]
-    if draw.random() < 0.5:
-        return ["is-there", colour, shape], ["yes"]
-    if draw.random() < 0.5:
-        colour = str(draw.choice([name for name in COLOURS if name != colour]))
-    else:
-        shape = str(draw.choice([name for name in SHAPES if name != shape]))
-    return ["is-there", colour, shape], ["no"]
+    form, chosen = FORMS[int(draw.integers(len(FORMS)))], int(draw.integers(len(named)))
+    (colour, shape), place = named[chosen], PLACES[int(cells[chosen])]
+    asked = place if form.endswith("-at") else shape
+    said = {"colour": colour, "shape": shape, "place": place}[form.split("-")[0]]
+    return [form, asked], [said]
