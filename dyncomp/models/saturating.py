@@ -115,11 +115,8 @@ class SaturatingVLM(nn.Module):
             name: jnp.asarray(self.variable("controls", name, jnp.float32, value).value)
             for name, value in self.initial().items()
         }
-        images, text, words = self.inner.row.unpack(inputs)
-        read = self.inner.streams_of(images, text)
-        states = {name: self.inner.encode(x, real, train) for name, (x, real) in read.items()}
-        real = {name: mask for name, (_, mask) in read.items()}
-        seen = jnp.concatenate(list(real.values()), axis=1)
+        states, real, seen = self._encoded(inputs, train)
+        words = self.inner.row.unpack(inputs)[2]
         whole = self.inner.remember(*(x[-1] for x in states.values()))
         layers = self.inner.classify(self.inner.decode(whole, seen, words, train)[1:])
         if train or self.is_initializing():
@@ -128,25 +125,37 @@ class SaturatingVLM(nn.Module):
             return output, Aux(events=price.events(self.template(), real, ran, mask))
         memory, plans = self._leave(states, real, controls)
         carry, scores = self.write(memory, seen, words, controls["decoder"])
-        ran = {name: plan.exit + 1 for name, plan in plans.items()}
-        ran |= {"decoder": carry["depth"], "made": carry["made"]}
-        output = {"emitted": carry["logits"], "final": layers[-1]}
-        output |= {f"{name}_layers": ran[name] for name in (*self.streams, "decoder")}
-        output["time"] = price.time_share(self.template(), real, ran)
+        output, ran = self._told(carry, plans, real)
         plans["decoder"] = ExitPlan(
             carry["depth"].reshape(-1) - 1, scores.reshape(-1, scores.shape[-1])
         )
         fills = self.self_fill == "recompute"
         events = price.events(self.template(), real, ran, mask, fills=fills)
+        output |= {"emitted": carry["logits"], "final": layers[-1]}
         return output, Aux(events=events, plans=plans if "plan" in capture else {})
+
+    def _encoded(self, inputs: Any, train: bool = False) -> tuple[dict[str, Array], Any, Array]:
+        """(raw states [l+1 b n d], real positions [b n]) of every stream by name, and all of the latter in a row."""
+        images, text, _ = self.inner.row.unpack(inputs)
+        read = self.inner.streams_of(images, text)
+        states = {name: self.inner.encode(x, real, train) for name, (x, real) in read.items()}
+        real = {name: mask for name, (_, mask) in read.items()}
+        return states, real, jnp.concatenate(list(real.values()), axis=1)
+
+    def _told(self, carry: Carry, plans: Mapping[str, ExitPlan], real: Any) -> tuple[dict, dict]:
+        """Layers run, as outputs and as `saturating_cost.Ran`."""
+        ran = {name: plans[name].exit + 1 for name in self.streams}
+        ran["decoder"] = carry["depth"]
+        output = {f"{name}_layers": layers for name, layers in ran.items()}
+        output["time"] = price.time_share(self.template(), real, ran)
+        return output, {**ran, "made": carry["made"]}
 
     def states(
         self, inputs: Float[Array | np.ndarray, "b m"]
     ) -> dict[str, tuple[Float[Array, "l1 b n d"], Bool[Array, "b n"]]]:
         """Of every stream the raw states at all depths (the embedded first), and which positions are real."""
-        images, text, _ = self.inner.row.unpack(inputs)
-        read = self.inner.streams_of(images, text)
-        return {name: (self.inner.encode(x, real), real) for name, (x, real) in read.items()}
+        states, real, _ = self._encoded(inputs)
+        return {name: (x, real[name]) for name, x in states.items()}
 
     def _leave(self, states: Any, real: Any, thresholds: Any) -> tuple[Array, dict[str, ExitPlan]]:
         """The memory that streams leave, and where each left."""
@@ -167,24 +176,16 @@ class SaturatingVLM(nn.Module):
 
         Returns:
           ``words`` int32 [b t], up to the end, then 0; ``decoder_layers`` [b t], 0 after the end; ``time`` [b t] and
-          the streams' layers as in a call; ``logits`` [b t v].
+          the streams' layers as in a call; ``logits`` [b t v]; ``made`` bool [b l], which layers made keys and values.
         """
-        read = self.states(inputs)
-        states = {name: x for name, (x, _) in read.items()}
-        real = {name: mask for name, (_, mask) in read.items()}
+        states, real, seen = self._encoded(inputs)
         memory, plans = self._leave(states, real, thresholds)
         words = self.inner.row.unpack(inputs)[2]
-        seen = jnp.concatenate(list(real.values()), axis=1)
         carry, _ = self.write(memory, seen, words, thresholds["decoder"], free=True)
-        ran = {name: plan.exit + 1 for name, plan in plans.items()} | {"decoder": carry["depth"]}
+        output, ran = self._told(carry, plans, real)
         chosen = jnp.argmax(carry["logits"], axis=-1).astype(jnp.int32)
-        output = {"words": jnp.where(carry["depth"] > 0, chosen, 0), "logits": carry["logits"]}
-        output |= {f"{name}_layers": layers for name, layers in ran.items()}
-        return {
-            **output,
-            "made": carry["made"],
-            "time": price.time_share(self.template(), real, ran),
-        }
+        said = jnp.where(carry["depth"] > 0, chosen, 0)
+        return {**output, "words": said, "logits": carry["logits"], "made": ran["made"]}
 
     # ---- writing, one word of each row at a time
 
