@@ -75,6 +75,26 @@ def states_of(params, inputs=INPUTS):
     return compiled(MODEL, "states")(params, {}, inputs)
 
 
+@functools.lru_cache
+def behind():
+    """One compiled pass of the decoder's first word behind given states: (memory, raw states, logits)."""
+    net = MODEL.template()
+
+    def call(params, left, seen):
+        inner = {"params": layout.unstack(params)["inner"]}
+        memory = net.apply(inner, *left, method="remember")
+        x = net.apply(inner, memory, seen, jnp.asarray(READS[:, :1]), method="decode")
+        return memory, x, net.apply(inner, x, method="classify")
+
+    return jax.jit(call)
+
+
+def whole(params):
+    """States after the whole encoder, and which positions are real."""
+    parts = states_of(params).values()
+    return [x[-1] for x, _ in parts], jnp.concatenate([real for _, real in parts], axis=1)
+
+
 def cosine(x, y, mask=...):
     x, y = (np.asarray(part, np.float64)[mask].ravel() for part in (x, y))
     return x @ y / (np.linalg.norm(x) * np.linalg.norm(y))
@@ -138,21 +158,18 @@ def test_exits_are_those_of_a_full_pass(params):
         np.testing.assert_array_equal(output[f"{name}_layers"], wanted)
         assert len(set(wanted)) > 1
     # Of the first word no cache exists: its exits are those of a full pass over the memory that was left.
-    net, inner = MODEL.template(), {"params": layout.unstack(params)["inner"]}
     left = [
-        np.stack([x[output[f"{name}_layers"][b], b] for b in range(B)])
+        jnp.asarray(np.asarray(x)[output[f"{name}_layers"], np.arange(B)])
         for name, (x, _) in states_of(params).items()
     ]
-    seen = np.concatenate([real for _, real in states_of(params).values()], axis=1)
-    memory = net.apply(inner, *map(jnp.asarray, left), method="remember")
-    x = net.apply(inner, memory, jnp.asarray(seen), jnp.asarray(READS[:, :1]), method="decode")
+    _, x, said = behind()(params, left, whole(params)[1])
     wanted = [
         next((i + 1 for i in (0, 1) if cosine(x[i + 1, b], x[i, b]) > thresholds["decoder"]), 3)
         for b in range(B)
     ]
     np.testing.assert_array_equal(output["decoder_layers"][:, 0], wanted)
-    said = net.apply(inner, x[np.asarray(wanted), np.arange(B)], method="classify")
-    np.testing.assert_allclose(output["emitted"][:, 0], said[:, 0], atol=1e-5)
+    said = np.asarray(said)[wanted, np.arange(B), 0]
+    np.testing.assert_allclose(output["emitted"][:, 0], said, atol=1e-5)
     depths = np.asarray(output["decoder_layers"])
     assert len(set(depths.ravel())) == 3
     np.testing.assert_array_equal(aux.plans["decoder"].exit, depths.ravel() - 1)
@@ -177,11 +194,8 @@ def test_streams_decide_by_themselves(params):
 
 def written(params, model, threshold):
     """The carry after writing behind the memory of the whole encoder, every state of it, and words read."""
-    inner = {"params": layout.unstack(params)["inner"]}
-    parts = states_of(params)
-    remember = jax.jit(lambda v, *x: model.template().apply(v, *x, method="remember"))
-    memory = remember(inner, *(x[-1] for x, _ in parts.values()))
-    seen = jnp.concatenate([real for _, real in parts.values()], axis=1)
+    states, seen = whole(params)
+    memory = behind()(params, states, seen)[0]
     carry, scores = compiled(model, "write")(
         params, {}, memory, seen, jnp.asarray(READS), jnp.float32(threshold)
     )
@@ -220,13 +234,9 @@ def test_recomputed_caches_are_projections_of_the_state_that_left(params):
     np.testing.assert_array_equal(carry["made"], [[True, False, False]] * B)
     for layer in (1, 2):  # of the memory: copies
         np.testing.assert_array_equal(carry["caches"][layer]["keys"], carry["caches"][0]["keys"])
-    inner, block = layout.unstack(params)["inner"], layout.unstack(params)["inner"]["writer"]
+    block = layout.unstack(params)["inner"]["writer"]
     # The state that left at the first word is what the first layer makes of it, by a full pass.
-    parts = states_of(params)
-    net, v = MODEL.template(), {"params": inner}
-    memory = net.apply(v, *(x[-1] for x, _ in parts.values()), method="remember")
-    seen = jnp.concatenate([real for _, real in parts.values()], axis=1)
-    x = net.apply(v, memory, seen, jnp.asarray(READS[:, :1]), method="decode")
+    _, x, _ = behind()(params, *whole(params))
     state = np.asarray(x[1][:, 0], np.float64)
     centred = state - state.mean(-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
@@ -266,8 +276,13 @@ def test_options_are_checked_early(unchecked):
 def test_masked_and_host_execution_agree(params):
     from dyncomp.runtime import HostExecutor, MaskedExecutor, from_saturating
 
-    model = MODEL.clone(decay=Decay(), end=V - 1)
+    net = functools.partial(NET, encoder_depth=2, decoder_depth=2)
+    model = MODEL.clone(net=net, decay=Decay(), end=V - 1)
+    stacks = {
+        name: jax.tree.map(lambda x: x[:2], params["inner"][name]) for name in ("reader", "writer")
+    }
     thresholds = {name: jnp.float32(value) for name, value in middle(params).items()}
+    params = {"inner": {**params["inner"], **stacks}}
     net = from_saturating(model, {"params": params, "controls": thresholds})
     masked = MaskedExecutor(net)(INPUTS)
     host = HostExecutor(net, INPUTS, capacity=B, buckets=(B,))(INPUTS)
@@ -279,7 +294,7 @@ def test_masked_and_host_execution_agree(params):
     wrote = jax.device_get(compiled(model, "generate")(params, {}, INPUTS, thresholds))
     np.testing.assert_allclose(host.outputs, wrote["logits"], atol=1e-5)
     visits, depth = dict(zip(host.names, host.visits.T, strict=True)), wrote["decoder_layers"]
-    for layer in range(3):
+    for layer in range(2):
         np.testing.assert_array_equal(visits[f"layer_{layer}"], (depth > layer).sum(1))
         np.testing.assert_array_equal(visits[f"keys_{layer}"], wrote["made"][:, layer])
         for name in ("image", "text"):
