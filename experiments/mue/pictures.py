@@ -66,7 +66,7 @@ def quality(results: dict[str, Any], shown: list[Any], path: Path) -> None:
     axes.plot(*at("shallow"), "s", color="C5", label="2 + 2 layers")
     axes.plot(*at("whole"), "*", ms=10, color="0.2", label="whole network")
     axes.axvline(37.5, color="0.7", lw=1, ls=":")
-    axes.text(37.0, axes.get_ylim()[0] + 1, "most for a decoder alone", rotation=90, fontsize=7,
+    axes.text(36.4, axes.get_ylim()[0] + 1, "most for a decoder alone", rotation=90, fontsize=7,
               ha="right", va="bottom", color="0.4")  # fmt: skip
     axes.set(xlabel="expected time reduction, percent", ylabel="test questions answered, percent")
     axes.legend(fontsize=7)
