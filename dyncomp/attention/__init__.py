@@ -19,6 +19,7 @@ from dyncomp.attention.chosen import Chosen, attend_chosen
 from dyncomp.attention.cluster_cache import ClusterCache, evicted, tuned
 from dyncomp.attention.cluster_selection import ClusterSelection
 from dyncomp.attention.clusters import ClusterPlan
+from dyncomp.attention.cross import CrossAttention
 from dyncomp.attention.depthwise import DepthwiseConv
 from dyncomp.attention.forgetting import SinkWindow
 from dyncomp.attention.hitters import HeavyHitters
@@ -40,6 +41,7 @@ from dyncomp.attention.patterns import (
 from dyncomp.attention.regions import Regions
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.routed import RoutedAttention
+from dyncomp.attention.row_cache import RowCache, RowSlots, copy_slot
 from dyncomp.attention.sampled import (
     DroppedWeights,
     KeySets,
@@ -67,6 +69,7 @@ __all__ = [
     "ClusterCache",
     "ClusterPlan",
     "ClusterSelection",
+    "CrossAttention",
     "DepthwiseConv",
     "DroppedWeights",
     "Everything",
@@ -90,6 +93,8 @@ __all__ = [
     "Regions",
     "RopeScaling",
     "RoutedAttention",
+    "RowCache",
+    "RowSlots",
     "Sampled",
     "Sampler",
     "ShuffledWindows",
@@ -107,6 +112,7 @@ __all__ = [
     "cache_bytes",
     "compare",
     "compare_patterns",
+    "copy_slot",
     "evicted",
     "fit_slash",
     "head_errors",

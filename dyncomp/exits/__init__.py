@@ -6,13 +6,16 @@ from dyncomp.exits.budgets import deepest_exit, solve_thresholds
 from dyncomp.exits.controllers import HeadWarmUp, KeepAccuracy, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
+from dyncomp.exits.layerwise import LayerwiseObjective
 from dyncomp.exits.map_exits import MapExits
 from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective, RampedExitObjective
 from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, RunningSumRule, decide
+from dyncomp.exits.saturation import Decay, SaturationRule
 from dyncomp.exits.selection import cheapest_threshold, leaves_above, threshold_front
 
 __all__ = [
     "ConfidenceRule",
+    "Decay",
     "ExitBank",
     "ExitGates",
     "ExitHeads",
@@ -20,12 +23,14 @@ __all__ = [
     "HeadWarmUp",
     "JointExitObjective",
     "KeepAccuracy",
+    "LayerwiseObjective",
     "MapExits",
     "MultiExitObjective",
     "PatienceRule",
     "PositiveWeights",
     "RampedExitObjective",
     "RunningSumRule",
+    "SaturationRule",
     "Victim",
     "cheapest_threshold",
     "decide",

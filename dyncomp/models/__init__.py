@@ -4,8 +4,10 @@ from dyncomp.models.apart import apart, with_mixer, with_mixers
 from dyncomp.models.block import Block
 from dyncomp.models.continuous import ContinuousClassifier, ConvStem, DenseStem
 from dyncomp.models.conv_net import ConvNet
+from dyncomp.models.cross_block import CrossBlock
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.denoising import ExitingDenoiser
+from dyncomp.models.encoder_decoder import EncoderDecoder
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.factored import FactoredLM
@@ -21,7 +23,9 @@ from dyncomp.models.layout import apply, is_stacked, layer_caches, stack, unstac
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
 from dyncomp.models.normed_conv import NormedConv
+from dyncomp.models.packed import ImageTextRow
 from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
+from dyncomp.models.saturating import SaturatingVLM
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.spiking import SpikingClassifier
@@ -35,8 +39,10 @@ __all__ = [
     "ConvBlock",
     "ConvNet",
     "ConvStem",
+    "CrossBlock",
     "DecoderLM",
     "DenseStem",
+    "EncoderDecoder",
     "ExitingClassifier",
     "ExitingDenoiser",
     "FactoredLM",
@@ -44,11 +50,13 @@ __all__ = [
     "GroupStack",
     "HalvingConv",
     "HeadPatterns",
+    "ImageTextRow",
     "Level",
     "NestedLM",
     "Norm",
     "NormedConv",
     "Pyramid",
+    "SaturatingVLM",
     "SkippingLM",
     "SpikingClassifier",
     "StoppingLM",

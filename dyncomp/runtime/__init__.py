@@ -1,5 +1,6 @@
 """Fast execution of networks that decide: segments, buckets, executors."""
 
+from dyncomp.runtime.encoder_decoder import from_saturating
 from dyncomp.runtime.executed import Executed
 from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.host import HostExecutor
@@ -35,6 +36,7 @@ __all__ = [
     "fixed_point_segments",
     "from_continuous",
     "from_model",
+    "from_saturating",
     "from_steps",
     "load_segments",
     "ode_segments",

@@ -10,6 +10,7 @@ from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
 from dyncomp.tasks.recall import Recall, RecallObjective
+from dyncomp.tasks.shapes import ShapeScenes
 from dyncomp.tasks.stopping import StoppingObjective, exits_right
 from dyncomp.tasks.tiles import TwinTiles
 from dyncomp.tasks.token_classes import CLASSES, byte_classes, token_classes
@@ -30,6 +31,7 @@ __all__ = [
     "NestedObjective",
     "Recall",
     "RecallObjective",
+    "ShapeScenes",
     "Source",
     "StoppingObjective",
     "Task",
