@@ -19,6 +19,7 @@ from dyncomp.attention.chosen import Chosen, attend_chosen
 from dyncomp.attention.cluster_cache import ClusterCache, evicted, tuned
 from dyncomp.attention.cluster_selection import ClusterSelection
 from dyncomp.attention.clusters import ClusterPlan
+from dyncomp.attention.crossed import CrossAttention
 from dyncomp.attention.depthwise import DepthwiseConv
 from dyncomp.attention.forgetting import SinkWindow
 from dyncomp.attention.hitters import HeavyHitters
@@ -67,6 +68,7 @@ __all__ = [
     "ClusterCache",
     "ClusterPlan",
     "ClusterSelection",
+    "CrossAttention",
     "DepthwiseConv",
     "DroppedWeights",
     "Everything",

@@ -121,7 +121,7 @@ class HeadWarmUp:
         losses = np.concatenate(
             [
                 np.asarray(cross_entropy(output["logits"][:-1], batch["targets"]))[:, real]
-                for output, batch, real in _validation(forward, task, self.batch_size)
+                for output, batch, real in batches(forward, task, self.batch_size)
             ],
             axis=1,
         )
@@ -156,7 +156,7 @@ class PositiveWeights:
         best = np.concatenate(
             [
                 np.asarray(self.objective.best(output, batch))[real]
-                for output, batch, real in _validation(forward, task, self.batch_size)
+                for output, batch, real in batches(forward, task, self.batch_size)
             ]
         )
         exits = state.controls["pos_weight"].shape[0]
@@ -164,14 +164,17 @@ class PositiveWeights:
         return state.replace(controls={**state.controls, "pos_weight": weights})
 
 
-def _validation(forward: Forward, task: Any, size: int) -> Iterator[tuple[Any, Any, Any]]:
-    """(output, batch, which rows are real [b] bool) over the validation split, in batches of one size."""
-    source = task.source("validation")
+def batches(
+    forward: Forward, task: Any, size: int, split: str = "validation"
+) -> Iterator[tuple[Any, Any, Any]]:
+    """(output, batch, which rows are real [b] bool) over a split, in batches of one size."""
+    source = task.source(split)
     total = len(source)
     for start in range(0, total, size):
         rows = np.arange(start, start + size)
         real = rows < total
         batch = source.batch(np.minimum(rows, total - 1))
-        batch = {**batch, "mask": batch["mask"] * real.astype(np.float32)}
+        kept = real.astype(np.float32).reshape(-1, *[1] * (batch["mask"].ndim - 1))
+        batch = {**batch, "mask": batch["mask"] * kept}
         output, _ = forward(batch)
         yield output, {**batch, "targets": jnp.asarray(batch["targets"])}, real

@@ -24,7 +24,9 @@ from dyncomp.models.layout import (
 )
 from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
+from dyncomp.models.policy import MultiExitPolicy
 from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
+from dyncomp.models.seeing import GatedCross, ImageTokens, Resampler, SeeingBlock, WordTokens
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.stopping import StoppingLM
@@ -36,17 +38,23 @@ __all__ = [
     "DecoderLM",
     "ExitingClassifier",
     "FactoredLM",
+    "GatedCross",
     "Group",
     "GroupStack",
     "HalvingConv",
     "HeadPatterns",
+    "ImageTokens",
     "Level",
+    "MultiExitPolicy",
     "NestedLM",
     "Norm",
     "Pyramid",
+    "Resampler",
+    "SeeingBlock",
     "SkippingLM",
     "StoppingLM",
     "VisionTransformer",
+    "WordTokens",
     "apart",
     "apply",
     "block_outputs",

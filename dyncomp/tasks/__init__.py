@@ -2,12 +2,14 @@
 
 from dyncomp.tasks.base import Source, Task
 from dyncomp.tasks.code_lm import CodeLM, HubText, TextFiles
+from dyncomp.tasks.demonstrations import PickPlaceDemonstrations, RecordedEpisodes
 from dyncomp.tasks.features import FeatureTask
 from dyncomp.tasks.images import Digits, FashionMNIST, HubImages
 from dyncomp.tasks.library_text import LibraryText
 from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
+from dyncomp.tasks.pick_place import PickPlace, rollout
 from dyncomp.tasks.recall import Recall, RecallObjective
 from dyncomp.tasks.stopping import StoppingObjective, exits_right
 from dyncomp.tasks.tiles import TwinTiles
@@ -26,8 +28,11 @@ __all__ = [
     "LibraryText",
     "Loader",
     "NestedObjective",
+    "PickPlace",
+    "PickPlaceDemonstrations",
     "Recall",
     "RecallObjective",
+    "RecordedEpisodes",
     "Source",
     "StoppingObjective",
     "Task",
@@ -35,5 +40,6 @@ __all__ = [
     "TwinTiles",
     "byte_classes",
     "exits_right",
+    "rollout",
     "token_classes",
 ]
