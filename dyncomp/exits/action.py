@@ -23,7 +23,7 @@ def lstm(
     recurrent: Float[Array, "k z"],
     bias: Float[Array, "z"],
 ) -> tuple[Float[Array, "b t k"], Float[Array, "b 2 k"]]:
-    """One layer over t steps (Hochreiter and Schmidhuber 1997); z = 4 k, gates in the order input, forget, cell, output.
+    """One layer over t steps (Hochreiter and Schmidhuber 1997); z = 4 k, gates in order input, forget, cell, output.
 
     Args:
       x: inputs.

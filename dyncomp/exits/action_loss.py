@@ -26,10 +26,12 @@ def action_loss(
       actions: pose, then the gripper's logit.
       targets: pose, then the gripper, -1 or 1.
       gripper_weight: of the binary cross-entropy.
-      form: the pose's loss: ``official``, the mean over its numbers of Huber's loss with delta 1; ``paper``, of squares.
+      form: the pose's loss: ``official``, the mean over its numbers of Huber's loss with delta 1; ``paper``, squares.
     """
     pose, wanted = actions[..., :-1], targets[..., :-1]
-    each = jnp.square(pose - wanted) if form == "paper" else optax.huber_loss(pose, wanted, delta=1.0)
+    each = (
+        jnp.square(pose - wanted) if form == "paper" else optax.huber_loss(pose, wanted, delta=1.0)
+    )
     label = (targets[..., -1] + 1.0) / 2.0
     gripper = optax.sigmoid_binary_cross_entropy(actions[..., -1], label)
     return jnp.mean(each, axis=-1), gripper_weight * gripper

@@ -1,6 +1,7 @@
 """Thresholds of a multi-exit policy for a budget: solved on held-out demonstrations, perhaps refined by acting."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -123,11 +124,15 @@ def _next(
 ) -> np.ndarray:
     """Where to try next, in -1..1."""
     from scipy.stats import norm
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import Matern, WhiteKernel
 
     kernel = Matern(0.5, (0.05, 5.0), nu=2.5) + WhiteKernel(0.1, (1e-3, 1.0))
-    model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0).fit(tried, values)
+    model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+    with warnings.catch_warnings():  # a fitted length or noise may well lie at its bound
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(tried, values)
     points = rng.uniform(-1.0, 1.0, (2000, tried.shape[1]))
     mean, deviation = model.predict(points, return_std=True)
     if acquisition == "lcb":

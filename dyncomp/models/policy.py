@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
-from jax import lax
 
 from dyncomp.core.aux import Aux, Count
 from dyncomp.core.dtypes import DTypes
@@ -21,40 +19,32 @@ from dyncomp.exits.action import ActionHead
 from dyncomp.exits.consistency import ConsistencyRule
 from dyncomp.exits.rules import decide
 from dyncomp.exits.sampling import every_step, taken, two_runs
-from dyncomp.models.exiting import block_prices, only_block
+from dyncomp.models.control import (
+    ControlState,
+    averaged,
+    blocks_of,
+    check_policy,
+    pooled,
+    segment_weights,
+)
+from dyncomp.models.exiting import block_prices
 from dyncomp.models.group import Execution, Group, GroupStack, Remat, check_execution
 from dyncomp.models.seeing import ImageTokens, WordTokens, looked
 
 Drawing = Literal["both", "every_step", "two_runs", "last"]
 Compare = Literal["block", "input"]
-LOWEST = -1e30
-
-
-@struct.dataclass
-class ControlState:
-    """What a policy remembers between control steps.
-
-    Attributes:
-      head: float32 [b s], the head's memory; it has moved once a step, by the exit that was taken.
-      exit: int32 [b], the last decision.
-      age: int32 [b], steps since it was made.
-    """
-
-    head: Float[Array, "b s"]
-    exit: Int[Array, "b"]
-    age: Int[Array, "b"]
 
 
 class MultiExitPolicy(nn.Module):
     """Pictures and a sentence to actions, with exits between the blocks and one action head for all of them.
 
-    One row of ``inputs`` is one control step: the pixels of all cameras one after another, then ``words`` token numbers,
+    One row of ``inputs`` is one control step: the pixels of all cameras one after another, then token numbers,
     negative for padding. What an exit sees is the maximum over real tokens of its block's output. While it trains, the
     shared head sees sequences of features from drawn exits, and every exit has an auxiliary head besides. While it
     acts, it leaves at the first exit whose action is within a bound of the action of the exit before, computed by the
     same head from the same memory; asking never moves the memory, only the exit that is taken does.
 
-  
+
     ``auxiliary``. Control: ``thresholds`` [x - 1], minus eta.
 
     Attributes:
@@ -101,7 +91,7 @@ class MultiExitPolicy(nn.Module):
             check_factory(getattr(self, name), f"MultiExitPolicy.{name}")
         self.groups, self.exits = tuple(self.groups), tuple(self.exits)
         self.cameras = tuple(tuple(size) for size in self.cameras)
-        _check(self)
+        check_policy(self)
         super().__post_init__()
 
     def setup(self):  # noqa: D102
@@ -178,7 +168,7 @@ class MultiExitPolicy(nn.Module):
         thresholds = self.variable("controls", "thresholds", start).value
         left = jnp.full((b, t), self.depth - 1, jnp.int32)
         plans: dict[str, Any] = {}
-        if not train:
+        if not train and not self.is_initializing():
             emitted, plan = self.walk(seen, jnp.asarray(thresholds))
             left = plan.exit.reshape(b, t)
             output |= {"emitted": emitted, "exit": left, "deltas": self.deltas(seen, key)}
@@ -218,9 +208,7 @@ class MultiExitPolicy(nn.Module):
 
     # ---- features
 
-    def features(
-        self, rows: Float[Array, "n m"], train: bool = False
-    ) -> Float[Array, "p n d"]:
+    def features(self, rows: Float[Array, "n m"], train: bool = False) -> Float[Array, "p n d"]:
         """What is compared with the first exit, then what each exit sees: p = x + 1 rows of features."""
         x, media, real = self.begin_tokens(rows)
         first, kept = x, []
@@ -276,7 +264,7 @@ class MultiExitPolicy(nn.Module):
         action = pick(said)
         if self.average:
             before = jnp.take_along_axis(said, left[None, :, None], axis=0)[0]
-            action = _averaged(before, action)
+            action = averaged(before, action)
         return action, ControlState(pick(after), left, state.age + 1), plan.replace(exit=left)
 
     def control(
@@ -331,13 +319,13 @@ class MultiExitPolicy(nn.Module):
         """Blocks up to exit ``index`` and the decision there; needs ``layers="unroll"`` and unstacked variables.
 
         Returns:
-          (carry, output [b a + s], leave [b] bool, score [b]). The output is the action and the memory it leaves behind.
+          (carry, output [b a + s], leave [b] bool, score [b]). The output is the action and the memory after it.
         """
         x, before = carry["x"], carry["action"]
         ask = lambda x: self._ask(x, carry["real"], carry["state"])
         if index == 0 and self.compare == "input":
             before, _ = ask(x)
-        for block in range(0 if index == 0 else self.exits[index - 1] + 1, self.exits[index] + 1):
+        for block in blocks_of(self.exits, index):
             x = self._block(block, x, carry["real"], carry["media"])
             if block == 0 and index == 0 and self.compare == "block":
                 before, _ = ask(x)
@@ -345,7 +333,7 @@ class MultiExitPolicy(nn.Module):
         _, leave, score = self.rule.step(before, action, None, threshold)
         if index == self.depth - 1:
             leave, score = jnp.ones_like(leave), jnp.full_like(score, jnp.nan)
-        told = _averaged(before, action) if self.average else action
+        told = averaged(before, action) if self.average else action
         carry = {**carry, "x": x, "action": action}
         return carry, jnp.concatenate([told, state], axis=1), leave, score
 
@@ -362,14 +350,7 @@ class MultiExitPolicy(nn.Module):
 
     def weights_of(self, params: Any, index: int | None) -> Any:
         """The parameters, unstacked, that segment ``index`` uses; None: those of `begin`."""
-        blocks = {name for name in params if name.startswith("group_")}
-        if index is None:
-            return {k: v for k, v in params.items() if k not in blocks | {"act", "auxiliary"}}
-        kept: dict[str, Any] = {"act": params["act"]}
-        for block in range(0 if index == 0 else self.exits[index - 1] + 1, self.exits[index] + 1):
-            for name, layers in only_block({n: params[n] for n in blocks}, block).items():
-                kept[name] = {**kept.get(name, {}), **layers}
-        return kept
+        return segment_weights(params, self.exits, index)
 
     # ---- account
 
@@ -416,41 +397,3 @@ class MultiExitPolicy(nn.Module):
         """FLOPs of leaving at each exit, over those of the last."""
         flops = np.cumsum([price.flops for price in self.cost(()).values()])
         return [float(value) for value in flops / flops[-1]]
-
-
-def pooled(x: Float[Array, "*n t d"], real: Any) -> Float[Array, "*n d"]:
-    """The maximum over real positions, float32; 0 where there is none."""
-    real = real.astype(bool)[..., None]
-    most = jnp.max(jnp.where(real, x.astype(jnp.float32), LOWEST), axis=-2)
-    return jnp.where(jnp.any(real, axis=-2), most, 0.0)
-
-
-def _averaged(before: Array, action: Array) -> Array:
-    """The mean pose of two actions, the gripper of the second."""
-    return jnp.concatenate([(before + action)[:, :-1] / 2, action[:, -1:]], axis=1)
-
-
-def _check(policy: MultiExitPolicy) -> None:
-    """Options that do not fit each other.
-
-    Raises:
-      DyncompError: names the fix.
-    """
-    allowed = {
-        "compare": ("block", "input"),
-        "drawing": ("both", "every_step", "two_runs", "last"),
-    }
-    for name, values in allowed.items():
-        if getattr(policy, name) not in values:
-            raise DyncompError(
-                f"MultiExitPolicy.{name}={getattr(policy, name)!r}: use one of {', '.join(values)}"
-            )
-    blocks = sum(group.repeat * len(group.blocks) for group in policy.groups)
-    exits, first = policy.exits, int(policy.compare == "block")
-    if list(exits) != sorted(set(exits)) or not exits or exits[0] < first or exits[-1] != blocks - 1:
-        raise DyncompError(
-            f"MultiExitPolicy.exits={exits}: give ascending block numbers from {first} on; the last one is {blocks - 1},"
-            f" the last of {blocks} blocks"
-        )
-    if policy.reuse < 1:
-        raise DyncompError(f"MultiExitPolicy.reuse={policy.reuse}: use 1 or more")

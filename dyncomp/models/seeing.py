@@ -165,19 +165,21 @@ class Resampler(nn.Module):
 
 
 class ImageTokens(nn.Module):
-    """Pictures to tokens: patches with positions, then perhaps blocks and a norm (a vision encoder without its head).
+    """Pictures to tokens: patches with positions, then blocks and a norm, if any (a vision encoder without its head).
 
     Attributes:
       patch: side in pixels.
       d_model: width of a token.
-      groups: blocks; empty for patches alone.
+      groups: blocks; empty for patches alone, without a norm.
       class_token: put one first, as CLIP's encoder does.
+      coordinates: add two channels, every pixel's place in -1..1 (Liu et al. 2018), for encoders that are small.
     """
 
     patch: int
     d_model: int
     groups: Sequence[Group] = ()
     class_token: bool = False
+    coordinates: bool = False
     layers: Execution = "scan"
     remat: Remat = "none"
     dtypes: DTypes = DTypes()
@@ -191,14 +193,14 @@ class ImageTokens(nn.Module):
         self.group = [
             GroupStack(group, self.layers, self.remat, self.dtypes) for group in self.groups
         ]
-        self.norm = Norm("layer", dtypes=self.dtypes)
+        self.norm = Norm("layer", dtypes=self.dtypes) if self.groups else None
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s m"]:
-        """Normed tokens."""
-        x = self.patches(images)
+        """Tokens in row-major patch order, the class token first."""
+        x = self.patches(with_coordinates(images) if self.coordinates else images)
         for stack in self.group:
             x, _ = stack(x)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
     def length(self, size: tuple[int, int]) -> int:
         """Tokens of a picture of this height and width."""
@@ -207,12 +209,22 @@ class ImageTokens(nn.Module):
     def cost(self, size: tuple[int, int]) -> Cost:
         """Price of one picture."""
         s, d = self.length(size), self.d_model
-        total = Cost(2 * (s - self.class_token) * self.patch**2 * 3 * d, size[0] * size[1] * 12)
+        channels = 3 + 2 * self.coordinates
+        work = 2 * (s - self.class_token) * self.patch**2 * channels * d
+        total = Cost(work, size[0] * size[1] * 12)
         table = {
             f"group_{index}": GroupStack(group, dtypes=self.dtypes, parent=None).cost(d, s)
             for index, group in enumerate(self.groups)
         }
         return sum(block_prices(table, self, s), total)
+
+
+def with_coordinates(images: Float[Array, "b h w c"]) -> Float[Array, "b h w _"]:
+    """Two more channels: column and row in -1..1."""
+    b, h, w, _ = images.shape
+    places = jnp.meshgrid(jnp.linspace(-1.0, 1.0, w), jnp.linspace(-1.0, 1.0, h))
+    grid = jnp.stack(places, axis=-1).astype(images.dtype)
+    return jnp.concatenate([images, jnp.broadcast_to(grid[None], (b, h, w, 2))], axis=-1)
 
 
 class WordTokens(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.metrics import Mean
 from dyncomp.core.rng import fold
-from dyncomp.core.typing import Array
+from dyncomp.core.typing import Array, Key
 from dyncomp.exits.action_loss import ActionObjective
 from dyncomp.tasks.base import SPLITS, Split, Task, check_split
 from dyncomp.tasks.pick_place import PADDING, PickPlace, World, rollout
@@ -132,6 +132,19 @@ def window_spec(window: int, observation: int, action: int) -> dict[str, Any]:
 def _demonstrations(task: PickPlaceDemonstrations, split: Split) -> WindowSource:
     count = task.episodes if split == "train" else task.held_out
     key = fold(SPLITS.index(split), 1, "noise")
+    seen, told, alive = map(np.asarray, _shown(task, task.worlds(split, count), key))
+    rows = alive.T  # episodes one behind the other
+    return WindowSource.of(
+        seen.swapaxes(0, 1)[rows], told.swapaxes(0, 1)[rows], rows.sum(axis=1), task.window
+    )
+
+
+@functools.partial(jax.jit, static_argnames="task")
+def _shown(
+    task: PickPlaceDemonstrations, worlds: World, key: Key[Array, ""]
+) -> tuple[Array, Array, Array]:
+    """(observations [t n m], what the expert says [t n 3], alive [t n]) of disturbed expert episodes."""
+    count = worlds.done.shape[0]
 
     def policy(carry: Any, worlds: World, t: Array) -> tuple[Any, Array, Array]:
         told = jax.vmap(task.env.expert)(worlds)
@@ -140,16 +153,9 @@ def _demonstrations(task: PickPlaceDemonstrations, split: Split) -> WindowSource
         turned = jnp.where(jax.random.bernoulli(slip, task.slips, (count,)), -1.0, 1.0)
         return carry, jnp.concatenate([told[:, :2] + push, (told[:, 2] * turned)[:, None]], 1), told
 
-    def run(worlds: World) -> tuple[Array, Array, Array]:
-        found = rollout(task.env, worlds, policy, None, task.steps)
-        seen = jax.lax.map(jax.vmap(task.env.observe), found.worlds)
-        return seen, found.told, found.alive
-
-    seen, told, alive = map(np.asarray, jax.jit(run)(task.worlds(split, count)))
-    rows = alive.T  # episodes one behind the other
-    return WindowSource.of(
-        seen.swapaxes(0, 1)[rows], told.swapaxes(0, 1)[rows], rows.sum(axis=1), task.window
-    )
+    found = rollout(task.env, worlds, policy, None, task.steps)
+    seen = jax.lax.map(jax.vmap(task.env.observe), found.worlds)
+    return seen, found.told, found.alive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,9 +188,7 @@ class PickPlace:
             frame = square(world.zones[n], 0.07) - square(world.zones[n], 0.042)
             picture = paint(picture, frame, shades[world.zone_colours[n]])
         for n in range(self.things):
-            picture = paint(
-                picture, square(world.blocks[n], 0.06), shades[world.block_colours[n]]
-            )
+            picture = paint(picture, square(world.blocks[n], 0.06), shades[world.block_colours[n]])
             dot = shades[world.zone_colours[world.homes[n]]]
             picture = paint(picture, square(world.blocks[n], 0.028), dot)
         frame = square(world.gripper, 0.085) - square(world.gripper, 0.062)

@@ -6,4 +6,14 @@ from dyncomp.training.state import TrainState
 from dyncomp.training.suite import Suite
 from dyncomp.training.warm_start import InitFrom
 
-__all__ = ["SGD", "AdamW", "Alternating", "Grouped", "InitFrom", "Run", "Stage", "Suite", "TrainState"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Alternating",
+    "Grouped",
+    "InitFrom",
+    "Run",
+    "Stage",
+    "Suite",
+    "TrainState",
+]

@@ -39,15 +39,31 @@ COMPUTE = "depth"
 METRICS = {
     "success": {"text": "percent of 200 rollouts"},
     "depth": {"text": "mean blocks a control step, in closed loop (six are all)", "minimize": True},
-    "error": {"text": "mean absolute error of the velocity, held-out demonstrations", "minimize": True},
+    "error": {
+        "text": "mean absolute error of the velocity, held-out demonstrations",
+        "minimize": True,
+    },
     "error_depth": {"text": "mean blocks a control step on these demonstrations"},
-    "kflops": {"text": "thousand FLOPs a control step, cameras and all asked heads", "minimize": True},
+    "kflops": {
+        "text": "thousand FLOPs a control step, cameras and all asked heads",
+        "minimize": True,
+    },
     "share_gap": {"text": "largest distance of a calibration share from floor(S q) / S"},
     "drift": {"text": "half the sum of |closed-loop share - wanted share| over exits"},
 }
 PICTURES = Path(__file__).with_name("pictures.py")
 STATIC = [f"static_{k}" for k in (2, 3, 4, 5, 6)]
-ARMS = [*STATIC, "action", "cosine", "time", "random", "peak_4", "online", "unsampled", "unsampled_6"]
+ARMS = [
+    *STATIC,
+    "action",
+    "cosine",
+    "time",
+    "random",
+    "peak_4",
+    "online",
+    "unsampled",
+    "unsampled_6",
+]
 TRIALS = dict.fromkeys(ARMS, 1)
 
 MEAN = 2.75
@@ -272,7 +288,9 @@ def timed(source: Any, shares: np.ndarray) -> np.ndarray:
     first = np.r_[0, np.unique(source.ends)[:-1]]
     lengths = np.diff(np.r_[first, source.ends[-1]])
     steps = np.concatenate([np.arange(n) for n in lengths])
-    fine = (steps[:, None] + (np.arange(64) + 0.5) / 64).reshape(-1)  # a step is spread over its length
+    fine = (steps[:, None] + (np.arange(64) + 0.5) / 64).reshape(
+        -1
+    )  # a step is spread over its length
     return np.quantile(fine, np.cumsum(shares)[:-1])
 
 
@@ -307,7 +325,9 @@ def arms_of(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     arms["action"]["share_gap"] = share_gap(own, bounds, shares)
     arms["action"]["drift"] = float(np.abs(taken - shares).sum() / 2)
     arms["cosine"] = bench.figures(Way("cosine", solve(cosine)), False)[0]
-    arms["time"] = bench.figures(Way("time", timed(player.run.task.source("calibration"), shares)), False)[0]
+    arms["time"] = bench.figures(
+        Way("time", timed(player.run.task.source("calibration"), shares)), False
+    )[0]
     arms["random"] = bench.figures(Way("random", bounds, taken), False)[0]
     arms["peak_4"] = bench.figures(Way("action", solve(own, peak=PEAK)), True)[0]
     arms["online"] = bench.figures(Way("action", refined(bench, bounds, quick)), True)[0]

@@ -19,7 +19,14 @@ LABELS = {
     "peak_4": "actions agree, four blocks at most",
     "unsampled": "actions agree, head trained on the last exit",
 }
-PHASES = ("far from the block", "near the block", "takes it", "far from the zone", "near the zone", "lets go")
+PHASES = (
+    "far from the block",
+    "near the block",
+    "takes it",
+    "far from the zone",
+    "near the zone",
+    "lets go",
+)
 EPISODES, FRAMES = 4, 12
 
 
@@ -55,7 +62,9 @@ def chosen(found: Any, blocks: np.ndarray) -> dict[str, Any]:
 def draw(results: dict[str, Any], outdir: Path) -> None:
     """Three files."""
     root = Path(results["workdir"])
-    names = [root / f"seed_{run['seed']}" / f"decisions_{run['seed']}.npz" for run in results["runs"]]
+    names = [
+        root / f"seed_{run['seed']}" / f"decisions_{run['seed']}.npz" for run in results["runs"]
+    ]
     seen = [dict(np.load(name)) for name in names]
     quality(results, outdir / "1_success_against_depth.svg")
     places(seen, outdir / "2_depth_by_phase.svg")
@@ -74,7 +83,9 @@ def quality(results: dict[str, Any], path: Path) -> None:
              ("error_depth", "error", "error of the velocity, demonstrations"))  # fmt: skip
     for axes, (x, y, label) in zip(panels, pairs, strict=True):
         static = [f"static_{k}" for k in (2, 3, 4, 5, 6)]
-        points = np.asarray([[figures_of(results, arm, m).mean() for m in (x, y)] for arm in static])
+        points = np.asarray(
+            [[figures_of(results, arm, m).mean() for m in (x, y)] for arm in static]
+        )
         axes.plot(*points.T, "s--", color="0.5", ms=4, lw=1, label="always the same depth")
         for index, (arm, name) in enumerate(LABELS.items()):
             at, values = figures_of(results, arm, x), figures_of(results, arm, y)
