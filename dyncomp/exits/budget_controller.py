@@ -38,7 +38,7 @@ class BudgetThresholds:
     `models.MultiExitPolicy`.
 
     Attributes:
-      mean: wanted mean cost, in units of ``costs`` (running everything is 1).
+      mean: wanted mean cost, in units of ``costs`` (running everything is 1; a policy's are shares of its blocks).
       peak, shape: see `solve_thresholds`.
       batch_size: windows at once.
     """

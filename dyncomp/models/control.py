@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.typing import Array, Float, Int
+from dyncomp.core.typing import Array, Float
 from dyncomp.models.exiting import only_block
 
 LOWEST = -1e30
@@ -23,9 +23,9 @@ class ControlState:
       age: int32 [b], steps since it was made.
     """
 
-    head: Float[Array, "b s"]
-    exit: Int[Array, "b"]
-    age: Int[Array, "b"]
+    head: Any  # unchecked: jax also builds trees of shapes and None
+    exit: Any
+    age: Any
 
 
 def pooled(x: Float[Array, "*n t d"], real: Any) -> Float[Array, "*n d"]:

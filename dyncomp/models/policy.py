@@ -1,6 +1,5 @@
 """A robot policy that decides at every control step how much of itself to run (DeeR-VLA, arXiv 2411.02359)."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -95,15 +94,15 @@ class MultiExitPolicy(nn.Module):
         super().__post_init__()
 
     def setup(self):  # noqa: D102
-        make = functools.partial(dict, dtypes=self.dtypes)
-        self.word_tokens = self.embed(vocab=self.vocab, d_model=self.d_model, **make())
-        self.see = [self.eyes(**make()) for _ in self._sizes]
+        own = {"dtypes": self.dtypes}
+        self.word_tokens = self.embed(vocab=self.vocab, d_model=self.d_model, **own)
+        self.see = [self.eyes(**own) for _ in self._sizes]
         if self.resampler is not None:
-            self.resample = self.resampler(**make())
+            self.resample = self.resampler(**own)
         self.group = self._stacks()
-        self.act = self.head(**make())
+        self.act = self.head(**own)
         if self.auxiliary_heads:
-            self.auxiliary = self.head(**make())
+            self.auxiliary = self.head(**own)
 
     def _stacks(self, **kwargs: Any) -> list[GroupStack]:
         return [
@@ -156,7 +155,8 @@ class MultiExitPolicy(nn.Module):
         Returns:
           ``auxiliary`` [x b t a] (x = 0 without those heads) and ``drawn`` [k b t a], what the shared head says on each
           drawn sequence. Not while training: ``emitted`` [b t a] and ``exit`` [b t], acting with the thresholds, and
-          ``deltas`` [b t x - 1], the scores of all exits behind a history of drawn exits.
+          ``deltas`` [b t x - 1], the scores of all exits behind a history of drawn exits; ``costs`` [x], the share of
+          the blocks that each exit takes.
           Events are per control step [b t].
         """
         b, t, _ = inputs.shape
@@ -172,7 +172,8 @@ class MultiExitPolicy(nn.Module):
             emitted, plan = self.walk(seen, jnp.asarray(thresholds))
             left = plan.exit.reshape(b, t)
             output |= {"emitted": emitted, "exit": left, "deltas": self.deltas(seen, key)}
-            output["costs"] = jnp.asarray(self.cumulative_costs(), jnp.float32)
+            # Of the language model alone, as published budgets count.
+            output["costs"] = jnp.asarray(self.blocks, jnp.float32) / self.blocks[-1]
             plans = {"exit": plan} if "plan" in capture else {}
         return output, Aux(events=self._events(left, mask), plans=plans)
 
@@ -392,8 +393,3 @@ class MultiExitPolicy(nn.Module):
             done = block + 1
         prices[0] = prices[0] + first
         return {f"segment_{index}": price for index, price in enumerate(prices)}
-
-    def cumulative_costs(self) -> list[float]:
-        """FLOPs of leaving at each exit, over those of the last."""
-        flops = np.cumsum([price.flops for price in self.cost(()).values()])
-        return [float(value) for value in flops / flops[-1]]

@@ -296,13 +296,12 @@ def timed(source: Any, shares: np.ndarray) -> np.ndarray:
 
 def refined(bench: Bench, start: np.ndarray, quick: bool) -> np.ndarray:
     """Thresholds after 20 calls of Bayesian optimisation on rollouts from other start states."""
-    worlds = bench.player.run.task.worlds("validation", ROLLOUTS)
-    own = dataclasses.replace(bench, worlds=worlds)
+    worlds = bench.player.run.task.worlds("validation", len(bench.worlds.done))
+    key = fold(bench.seed, 0, "exits")
 
     def worth(bounds: np.ndarray) -> float:
-        key = fold(bench.seed, 0, "exits")
-        found = bench.player.play(bench.params, Way("action", bounds).arguments, own.worlds, key)
-        found = jax.device_get(found)
+        way = Way("action", bounds).arguments
+        found = jax.device_get(bench.player.play(bench.params, way, worlds, key))
         blocks = np.asarray(bench.player.run.model.blocks)[found.told[found.alive]]
         return float(found.success.mean()) - max(0.0, float(blocks.mean()) - MEAN)
 
@@ -345,7 +344,7 @@ def bench_of(run: Run, seed: int, quick: bool) -> Bench:
 def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, dict[str, float]]:
     """All arms of one seed; decisions_SEED.npz in ``workdir`` is for the pictures."""
     runs = config.load("deer_vla").runs
-    change = {"seed": seed}
+    change: dict[str, Any] = {"seed": seed, "stages": runs["deer"].stages[:1]}
     if quick:
         small = {"episodes": 20, "held_out": 10}
         change["task"] = dataclasses.replace(runs["deer"].task, **small)

@@ -10,7 +10,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.exits import ActionHead
 
 HEAD = ActionHead(pose=2, hidden=3, layers=2, widths=(4,), dropout=0.4, lstm_dropout=0.3)
-FEATURES = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+FEATURES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def by_hand(params, features):
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     sigmoid = lambda v: 1 / (1 + np.exp(-v))
     out, states = [], []
-    for row in features.astype(np.float64):
+    for row in np.asarray(features, np.float64):
         memory = [[np.zeros(3), np.zeros(3)] for _ in range(2)]
         steps = []
         for x in row:
@@ -52,7 +52,7 @@ def by_hand(params, features):
 def test_matches_a_loop_in_float64(params, act):
     zeros = jnp.zeros((2, HEAD.state_size))
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        said, after = act(jnp.asarray(FEATURES), zeros)
+        said, after = act(FEATURES, zeros)
     wanted, memory = by_hand(params, FEATURES)
     np.testing.assert_allclose(said, wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(after, memory, rtol=1e-4, atol=1e-5)

@@ -262,7 +262,7 @@ def test_prices_by_hand():
     head = MODEL.head(parent=None).cost(D).flops
     eyes = 2 * 48 * D * (4 + 1)
     assert prices == [eyes + 2 * block + 2 * head, block + head, block + head]
-    assert MODEL.cumulative_costs()[-1] == 1.0 and MODEL.blocks == [2, 3, 4]
+    assert MODEL.blocks == [2, 3, 4]
 
 
 def test_a_resampler_reads_any_number_of_tokens():
