@@ -134,7 +134,8 @@ def _next(
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(tried, values)
     points = rng.uniform(-1.0, 1.0, (2000, tried.shape[1]))
-    mean, deviation = model.predict(points, return_std=True)
+    said: Any = model.predict(points, return_std=True)
+    mean, deviation = said
     if acquisition == "lcb":
         return points[int(np.argmax(mean + 1.96 * deviation))]
     gain = mean - values.max()

@@ -266,7 +266,8 @@ class MultiExitPolicy(nn.Module):
         if self.average:
             before = jnp.take_along_axis(said, left[None, :, None], axis=0)[0]
             action = averaged(before, action)
-        return action, ControlState(pick(after), left, state.age + 1), plan.replace(exit=left)
+        plan = ExitPlan(left, plan.scores)
+        return action, ControlState(pick(after), left, state.age + 1), plan
 
     def control(
         self, rows: Float[Array, "b m"], state: ControlState, thresholds: Float[Array, "y"]

@@ -18,7 +18,9 @@ from jax import lax
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int, Key
 
-COLOURS = np.float32([[1.0, 0.15, 0.15], [0.1, 0.9, 0.2], [0.25, 0.35, 1.0], [1.0, 0.9, 0.1]])
+COLOURS = np.asarray(
+    [[1.0, 0.15, 0.15], [0.1, 0.9, 0.2], [0.25, 0.35, 1.0], [1.0, 0.9, 0.1]], np.float32
+)
 NAMES = ("red", "green", "blue", "yellow")
 PUT, ON, THE, LAMP, HOME, BLOCK, ZONE = 0, 1, 2, 3, 4, 5, 9
 """Word numbers; the block and the zone of colour k are BLOCK + k and ZONE + k."""
@@ -146,8 +148,13 @@ class PickPlace:
         blocks = jnp.where(moved[:, None], gripper, world.blocks)
         block, zone = world.goal
         lies = jnp.linalg.norm(blocks[block] - world.zones[zone]) <= self.near
-        new = world.replace(
-            gripper=gripper, closed=close, held=held, blocks=blocks, done=lies & (held != block)
+        new = dataclasses.replace(
+            world,
+            gripper=gripper,
+            closed=close,
+            held=held,
+            blocks=blocks,
+            done=lies & (held != block),
         )
         return jax.tree.map(lambda old, now: jnp.where(world.done, old, now), world, new)
 

@@ -330,7 +330,7 @@ def arms_of(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     arms["random"] = bench.figures(Way("random", bounds, taken), False)[0]
     arms["peak_4"] = bench.figures(Way("action", solve(own, peak=PEAK)), True)[0]
     arms["online"] = bench.figures(Way("action", refined(bench, bounds, quick)), True)[0]
-    return arms, load_module(PICTURES).chosen(found, blocks)
+    return arms, load_module(PICTURES).chosen(found, blocks, player.run.task.env)
 
 
 def bench_of(run: Run, seed: int, quick: bool) -> Bench:

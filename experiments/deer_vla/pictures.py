@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dyncomp.evidence.drawing import bars, save
-from dyncomp.tasks.pick_place import PickPlace, sentence
+from dyncomp.tasks.pick_place import sentence
 
 LABELS = {
     "action": "actions agree",
@@ -30,12 +30,13 @@ PHASES = (
 EPISODES, FRAMES = 4, 12
 
 
-def chosen(found: Any, blocks: np.ndarray) -> dict[str, Any]:
+def chosen(found: Any, blocks: np.ndarray, env: Any) -> dict[str, Any]:
     """What the pictures show of one seed.
 
     Args:
       found: ``Rollout`` whose ``told`` is the exits.
       blocks: run at each exit.
+      env: the world.
     """
     depth, alive, worlds = blocks[found.told], found.alive, found.worlds
     own = np.take_along_axis(worlds.blocks, worlds.goal[..., :1, None].repeat(2, -1), 2)[..., 0, :]
@@ -45,7 +46,6 @@ def chosen(found: Any, blocks: np.ndarray) -> dict[str, Any]:
     phase = np.where(way > 0.24, 0, np.where(way > 0.04, 1, 2)) + 3 * carries
     lengths = alive.sum(0)
     good = np.flatnonzero(found.success & (lengths >= 6) & (lengths <= FRAMES))[:EPISODES]
-    env = PickPlace()
     draw = jax.jit(jax.vmap(lambda w: env.draw(w, np.full(2, 0.5, np.float32), env.side)))
     table = np.full((len(PHASES), int(blocks[-1]) + 1), 0)
     np.add.at(table, (phase[alive], depth[alive].astype(int)), 1)
