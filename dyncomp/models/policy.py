@@ -209,7 +209,9 @@ class MultiExitPolicy(nn.Module):
 
     # ---- features
 
-    def features(self, rows: Float[Array, "n m"], train: bool = False) -> Float[Array, "p n d"]:
+    def features(
+        self, rows: Float[Array | np.ndarray, "n m"], train: bool = False
+    ) -> Float[Array, "p n d"]:
         """What is compared with the first exit, then what each exit sees: p = x + 1 rows of features."""
         x, media, real = self.begin_tokens(rows)
         first, kept = x, []
@@ -224,7 +226,7 @@ class MultiExitPolicy(nn.Module):
         chosen = jnp.concatenate([before[None], hidden[jnp.asarray(self.exits)]])
         return pooled(chosen, jnp.broadcast_to(real[None], chosen.shape[:-1]))
 
-    def begin_tokens(self, rows: Float[Array, "n m"]) -> tuple[Array, Array, Array]:
+    def begin_tokens(self, rows: Float[Array | np.ndarray, "n m"]) -> tuple[Array, Array, Array]:
         """(word tokens [n l d], media [n s m], which words are real [n l]) of rows of inputs.
 
         Raises:
@@ -235,6 +237,7 @@ class MultiExitPolicy(nn.Module):
                 f"MultiExitPolicy: rows of {rows.shape[-1]} numbers; cameras {self.cameras} and words={self.words}"
                 f" make {self.observation}"
             )
+        rows = jnp.asarray(rows)
         words = jnp.round(rows[:, -self.words :]).astype(jnp.int32)
         media, at = [], 0
         for height, width in self.cameras:
@@ -270,7 +273,10 @@ class MultiExitPolicy(nn.Module):
         return action, ControlState(pick(after), left, state.age + 1), plan
 
     def control(
-        self, rows: Float[Array, "b m"], state: ControlState, thresholds: Float[Array, "y"]
+        self,
+        rows: Float[Array | np.ndarray, "b m"],
+        state: ControlState,
+        thresholds: Float[Array, "y"],
     ) -> tuple[Float[Array, "b a"], ControlState, ExitPlan]:
         """One control step; everything is computed (masked execution)."""
         return self.decided(self.features(rows), state, thresholds)
@@ -324,24 +330,20 @@ class MultiExitPolicy(nn.Module):
           (carry, output [b a + s], leave [b] bool, score [b]). The output is the action and the memory after it.
         """
         x, before = carry["x"], carry["action"]
-        ask = lambda x: self._ask(x, carry["real"], carry["state"])
+        ask = lambda x: self.asked(pooled(x, carry["real"])[None], carry["state"])
         if index == 0 and self.compare == "input":
-            before, _ = ask(x)
+            before = ask(x)[0][0]
         for block in blocks_of(self.exits, index):
             x = self._block(block, x, carry["real"], carry["media"])
             if block == 0 and index == 0 and self.compare == "block":
-                before, _ = ask(x)
-        action, state = ask(x)
+                before = ask(x)[0][0]
+        action, state = (rows[0] for rows in ask(x))
         _, leave, score = self.rule.step(before, action, None, threshold)
         if index == self.depth - 1:
             leave, score = jnp.ones_like(leave), jnp.full_like(score, jnp.nan)
         told = averaged(before, action) if self.average else action
         carry = {**carry, "x": x, "action": action}
         return carry, jnp.concatenate([told, state], axis=1), leave, score
-
-    def _ask(self, x: Array, real: Array, state: Array) -> tuple[Array, Array]:
-        said, after = self.act(pooled(x, real)[:, None], state)
-        return said[:, 0], after
 
     def _block(self, index: int, x: Array, real: Array, media: Array) -> Array:
         for stack in self.group:

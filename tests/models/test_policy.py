@@ -165,7 +165,10 @@ def test_segments_decide_as_the_masked_model_and_the_host_executor_agrees(variab
     net = from_model(model, variables, rows.shape)
     net.thresholds[:] = bounds
     packed = np.concatenate([rows, head], axis=1)
-    masked, host = MaskedExecutor(net)(packed), HostExecutor(net, packed, capacity=16)(packed)
+    masked, host = (
+        MaskedExecutor(net)(packed),
+        HostExecutor(net, packed, capacity=n, buckets=(6, n))(packed),
+    )
     assert set(np.asarray(plan.exit).tolist()) == {0, 1, 2}
     np.testing.assert_array_equal(masked.exits, plan.exit)
     np.testing.assert_array_equal(host.exits, plan.exit)
