@@ -98,16 +98,26 @@ def test_the_expert_always_succeeds_and_ended_episodes_are_masked(worlds):
 
 
 def test_a_picture_shows_things_where_they_are(worlds):
-    world = one(worlds, gripper=[0.9, 0.9], blocks=[[0.25, 0.5], [0.5, 0.75], [0.75, 0.5]])
+    world = one(worlds, gripper=[0.9, 0.9], blocks=[[0.25, 0.5], [0.5, 0.75], [0.75, 0.5]],
+                zones=[[0.1, 0.9], [0.1, 0.3], [0.9, 0.3]])  # fmt: skip
     table, close = jax.jit(
         lambda w: (ENV.draw(w, jnp.full((2,), 0.5), 28), ENV.draw(w, w.gripper, 12))
     )(world)
     assert table.shape == (28, 28, 3) and close.shape == (12, 12, 3)
     np.testing.assert_allclose(table[1, 14], COLOURS[int(world.lamp)], atol=1e-6)
-    # The edge of a block, 1.4 pixels left of its middle (row, column 14, 7), has its colour.
-    np.testing.assert_allclose(table[14, 5], COLOURS[int(world.block_colours[0])], atol=0.05)
-    np.testing.assert_allclose(close[5, 5], table[25, 25], atol=0.6)
-    observed = ENV.observe(world)
+    # The block's middle lies at pixel 6.5, 13.5 (column, row); half of it is 1.68 pixels, of its dot 0.784. So the pixel
+    # 1.5 to the left is covered to 0.5 + 1.68 - 1.5, and one next to the middle has 0.784 x 0.784 of the dot.
+    block = COLOURS[int(world.block_colours[0])]
+    dot = COLOURS[int(world.zone_colours[world.homes[0]])]
+    np.testing.assert_allclose(table[14, 5], 0.68 * block, atol=1e-4)
+    share = 0.784**2
+    np.testing.assert_allclose(table[13, 6], share * dot + (1 - share) * block, atol=1e-4)
+    # The gripper's frame, 1.74 to 2.38 pixels from its middle (5.5, 5.5 in the close-up), and nothing inside.
+    np.testing.assert_allclose(close[5, 5], 0, atol=1e-6)
+    inner, outer = 0.5 + 1.736 - 1.5, 0.5 + 2.38 - 1.5
+    assert outer > 1
+    np.testing.assert_allclose(close[5, 4], np.full(3, 1 - inner), atol=1e-3)
+    observed = jax.jit(ENV.observe)(world)
     assert observed.shape == (ENV.size,) == (3 * (28**2 + 12**2) + 6,)
     np.testing.assert_array_equal(observed[-6:], world.words)
 
