@@ -4,7 +4,7 @@ Solved on a calibration split, applied as run-time arguments. Host-side numpy.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -87,13 +87,7 @@ def solve_thresholds(
     Raises:
       DyncompError: unknown ``shape``, shapes disagree, NaN among the scores, or a mean below the first exit's cost.
     """
-    if shape not in ("quantile", "geometric", "official"):
-        raise DyncompError(f"shape={shape!r}: use 'quantile', 'geometric' or 'official'")
-    scores, costs = np.asarray(scores, np.float64), np.asarray(costs, np.float64)
-    if scores.ndim != 2 or costs.shape != (scores.shape[1] + 1,) or np.isnan(scores).any():
-        raise DyncompError(
-            f"solve_thresholds: scores {scores.shape} without NaN need {scores.shape[-1] + 1} costs, got {costs.shape}"
-        )
+    scores, costs = _checked(scores, costs, shape)
     last = deepest_exit(costs, peak, resident, memory)
     if mean < costs[0]:
         raise DyncompError(f"mean={mean} is below the first exit's cost, {costs[0]}; raise it")
@@ -118,6 +112,18 @@ def solve_thresholds(
         low, high = (level, high) if spent(level) <= mean else (low, level)
     spent(low)
     return thresholds
+
+
+def _checked(scores: Any, costs: Any, shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64, or a refusal."""
+    if shape not in ("quantile", "geometric", "official"):
+        raise DyncompError(f"shape={shape!r}: use 'quantile', 'geometric' or 'official'")
+    scores, costs = np.asarray(scores, np.float64), np.asarray(costs, np.float64)
+    if scores.ndim != 2 or costs.shape != (scores.shape[1] + 1,) or np.isnan(scores).any():
+        raise DyncompError(
+            f"solve_thresholds: scores {scores.shape} without NaN need {scores.shape[-1] + 1} costs, got {costs.shape}"
+        )
+    return scores, costs
 
 
 def _quantiles(

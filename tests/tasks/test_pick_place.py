@@ -105,8 +105,8 @@ def test_a_picture_shows_things_where_they_are(worlds):
     )(world)
     assert table.shape == (28, 28, 3) and close.shape == (12, 12, 3)
     np.testing.assert_allclose(table[1, 14], COLOURS[int(world.lamp)], atol=1e-6)
-    # The block's middle lies at pixel 6.5, 13.5 (column, row); half of it is 1.68 pixels, of its dot 0.784. So the pixel
-    # 1.5 to the left is covered to 0.5 + 1.68 - 1.5, and one next to the middle has 0.784 x 0.784 of the dot.
+    # The block's middle lies at pixel 6.5, 13.5 (column, row); half of it is 1.68 pixels, of its dot 0.784. So the
+    # pixel 1.5 to the left is covered to 0.5 + 1.68 - 1.5, and one next to the middle has 0.784 x 0.784 of the dot.
     block = COLOURS[int(world.block_colours[0])]
     dot = COLOURS[int(world.zone_colours[world.homes[0]])]
     np.testing.assert_allclose(table[14, 5], 0.68 * block, atol=1e-4)
