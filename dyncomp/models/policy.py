@@ -170,7 +170,7 @@ class MultiExitPolicy(nn.Module):
         plans: dict[str, Any] = {}
         if not train and not self.is_initializing():
             emitted, plan = self.walk(seen, jnp.asarray(thresholds))
-            left = plan.exit.reshape(b, t)
+            left = plan.exit
             output |= {"emitted": emitted, "exit": left, "deltas": self.deltas(seen, key)}
             # Of the language model alone, as published budgets count.
             output["costs"] = jnp.asarray(self.blocks, jnp.float32) / self.blocks[-1]
@@ -284,7 +284,7 @@ class MultiExitPolicy(nn.Module):
     def walk(
         self, seen: Float[Array, "p b t d"], thresholds: Float[Array, "y"]
     ) -> tuple[Float[Array, "b t a"], ExitPlan]:
-        """A window, step by step; the plan's rows are control steps [b t] flattened."""
+        """A window, step by step; the plan is of control steps: exit [b t], scores [b t x]."""
 
         def step(policy: Any, state: ControlState, now: Array) -> tuple[ControlState, Any]:
             action, state, plan = policy.decided(now, state, thresholds)
@@ -292,8 +292,7 @@ class MultiExitPolicy(nn.Module):
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=2)
         _, (actions, plan) = scan(self, self.start(seen.shape[1]), seen)
-        flat = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), plan)
-        return actions.swapaxes(0, 1), flat
+        return actions.swapaxes(0, 1), jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), plan)
 
     def deltas(self, seen: Float[Array, "p b t d"], key: Array) -> Float[Array, "b t y"]:
         """Scores (minus distances) of all exits but the last, behind histories of exits drawn at every step."""

@@ -117,9 +117,10 @@ class PickPlaceDemonstrations(ActionTask):
         return window_spec(self.window, self.env.size, 3)
 
     def describe(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """The table at the first step of every window."""
+        """The table at every control step, [b t h w 3]."""
         side = self.env.side
-        return {"images": inputs[:, 0, : 3 * side**2].reshape(-1, side, side, 3)}
+        pixels = inputs[..., : 3 * side**2]
+        return {"images": pixels.reshape(*inputs.shape[:2], side, side, 3)}
 
 
 def window_spec(window: int, observation: int, action: int) -> dict[str, Any]:

@@ -119,18 +119,17 @@ def test_bounds_without_exceptions_are_static_models(seen, walk, window):
 def test_acting_step_by_step_equals_the_window_of_the_chosen_features(seen, walk, window):
     """So the memory moves once a step, by the chosen exit, whatever the probes were."""
     scores = walk(seen, jnp.full((X - 1,), jnp.inf))[1].scores
-    bounds = jnp.asarray(np.median(np.asarray(scores)[:, : X - 1], axis=0))
+    bounds = jnp.asarray(np.median(np.asarray(scores)[..., : X - 1], axis=(0, 1)))
     said, plan = walk(seen, bounds)
-    left = np.asarray(plan.exit).reshape(B, T)
+    left = np.asarray(plan.exit)
+    assert left.shape == (B, T)
     assert len(set(left.ravel().tolist())) > 1
     chosen = np.take_along_axis(np.asarray(seen), left[None, ..., None] + 1, axis=0)[0]
     np.testing.assert_allclose(said, window(jnp.asarray(chosen)), atol=1e-6)
     # The first step's distances by hand: every probe starts from the same, empty memory.
     alone = [np.asarray(window(row))[:, 0, :2] for row in seen]
     gaps = [np.sqrt(((a - b) ** 2).mean(-1)) for a, b in zip(alone[:-2], alone[1:-1], strict=True)]
-    np.testing.assert_allclose(
-        -plan.scores.reshape(B, T, -1)[:, 0, :-1], np.stack(gaps, 1), atol=1e-5
-    )
+    np.testing.assert_allclose(-plan.scores[:, 0, :-1], np.stack(gaps, 1), atol=1e-5)
 
 
 def test_options_of_acting(seen, variables):
