@@ -26,6 +26,7 @@ from dyncomp.attention.hitters import HeavyHitters
 from dyncomp.attention.importance import Importance, Split, key_mass
 from dyncomp.attention.important import ImportantTokens, important_attention
 from dyncomp.attention.kmeans import AngularHash, KMeans, RandomClusters
+from dyncomp.attention.media import MediaAttention
 from dyncomp.attention.mixed_bytes import Bytes, cache_bytes
 from dyncomp.attention.mixed_heads import MixedHeads
 from dyncomp.attention.mixed_precision import MixedCache, MixedPrecision
@@ -70,6 +71,7 @@ __all__ = [
     "ClusterPlan",
     "ClusterSelection",
     "CrossAttention",
+    "MediaAttention",
     "DepthwiseConv",
     "DroppedWeights",
     "Everything",

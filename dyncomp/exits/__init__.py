@@ -1,8 +1,12 @@
 """Exits: heads, gates, rules, objectives and calibration for networks that may end early."""
 
+from dyncomp.exits.action import ActionHead
+from dyncomp.exits.action_loss import ActionObjective
 from dyncomp.exits.attacks import Victim
 from dyncomp.exits.bank import ExitBank
-from dyncomp.exits.budgets import deepest_exit, solve_thresholds
+from dyncomp.exits.budget_controller import BudgetThresholds, middle_steps, refine_thresholds
+from dyncomp.exits.budgets import deepest_exit, floor_thresholds, ratio_for_mean, solve_thresholds
+from dyncomp.exits.consistency import ConsistencyRule
 from dyncomp.exits.controllers import HeadWarmUp, KeepAccuracy, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
@@ -14,7 +18,11 @@ from dyncomp.exits.saturation import Decay, SaturationRule
 from dyncomp.exits.selection import cheapest_threshold, leaves_above, threshold_front
 
 __all__ = [
+    "ActionHead",
+    "ActionObjective",
+    "BudgetThresholds",
     "ConfidenceRule",
+    "ConsistencyRule",
     "Decay",
     "ExitBank",
     "ExitGates",
@@ -35,8 +43,12 @@ __all__ = [
     "cheapest_threshold",
     "decide",
     "deepest_exit",
+    "floor_thresholds",
     "gate_features",
     "leaves_above",
+    "middle_steps",
+    "ratio_for_mean",
+    "refine_thresholds",
     "solve_thresholds",
     "threshold_front",
 ]

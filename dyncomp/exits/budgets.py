@@ -6,7 +6,7 @@ Host-side numpy.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,9 +14,12 @@ from dyncomp.core import budget
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Float, Int
 
-Shape = Literal["quantile", "geometric"]
+Shape = Literal["quantile", "geometric", "official"]
 STEPS = 60
 """Bisections: as far as float64 tells apart."""
+
+NOBODY = 1e8
+"""The released DeeR-VLA's bound for an exit that nobody takes."""
 
 
 def leaves_at(
@@ -106,7 +109,8 @@ def solve_thresholds(
 
     ``quantile`` puts every threshold at the same quantile of its own exit's scores: each rises with the budget.
     ``geometric`` sends out shares proportional to r^l (MSDNet, Huang et al. 2018; DeeR-VLA, arXiv 2411.02359), where r
-    meets the mean; there a deeper threshold may fall while an earlier one rises.
+    meets the mean; there a deeper threshold may fall while an earlier one rises. ``official`` is the same as DeeR-VLA's
+    code has it: r follows from the costs alone (`ratio_for_mean`), and shares are rounded down (`floor_thresholds`).
 
     Args:
       scores: of every exit on every calibration example; higher leaves first.
@@ -119,19 +123,19 @@ def solve_thresholds(
       float64 [y]; +inf where nobody leaves, -inf at the deepest exit.
 
     Raises:
-      DyncompError: shapes disagree, NaN among the scores, or a mean below the first exit's cost.
+      DyncompError: unknown ``shape``, shapes disagree, NaN among the scores, or a mean below the first exit's cost.
     """
-    scores, costs = np.asarray(scores, np.float64), np.asarray(costs, np.float64)
-    if scores.ndim != 2 or costs.shape != (scores.shape[1] + 1,) or np.isnan(scores).any():
-        raise DyncompError(
-            f"solve_thresholds: scores {scores.shape} without NaN need {scores.shape[-1] + 1} costs, got {costs.shape}"
-        )
+    scores, costs = _checked(scores, costs, shape)
     last = deepest_exit(costs, peak, resident, memory)
     if mean < costs[0]:
         raise DyncompError(f"mean={mean} is below the first exit's cost, {costs[0]}; raise it")
     thresholds = np.full(scores.shape[1], -np.inf)
     thresholds[:last] = np.inf
     if last == 0 or mean >= costs[last]:
+        return thresholds
+    if shape == "official":
+        shares = budget.geometric_shares(ratio_for_mean(costs[: last + 1], mean), last + 1)
+        thresholds[:last] = floor_thresholds(scores[:, :last], shares)
         return thresholds
     # From everyone out at once (0) to nobody before the deepest (1).
     at = (_quantiles if shape == "quantile" else _geometric)(scores[:, :last], costs[: last + 1])
@@ -146,6 +150,18 @@ def solve_thresholds(
         low, high = (level, high) if spent(level) <= mean else (low, level)
     spent(low)
     return thresholds
+
+
+def _checked(scores: Any, costs: Any, shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64, or a refusal."""
+    if shape not in ("quantile", "geometric", "official"):
+        raise DyncompError(f"shape={shape!r}: use 'quantile', 'geometric' or 'official'")
+    scores, costs = np.asarray(scores, np.float64), np.asarray(costs, np.float64)
+    if scores.ndim != 2 or costs.shape != (scores.shape[1] + 1,) or np.isnan(scores).any():
+        raise DyncompError(
+            f"solve_thresholds: scores {scores.shape} without NaN need {scores.shape[-1] + 1} costs, got {costs.shape}"
+        )
+    return scores, costs
 
 
 def _quantiles(
@@ -166,3 +182,53 @@ def _geometric(
         return budget.chain_thresholds(scores, shares)
 
     return at
+
+
+def ratio_for_mean(costs: Float[np.ndarray, "x"], mean: float) -> float:
+    """The r at which shares proportional to r^l, l = 1..x, cost ``mean`` on average (DeeR-VLA's budget equation).
+
+    r = 1 makes all exits equally frequent; it may exceed 1.
+
+    Raises:
+      DyncompError: a mean that is not between the first and the last cost.
+    """
+    if not costs[0] < mean < costs[-1]:
+        raise DyncompError(f"mean={mean}: use a value between {costs[0]} and {costs[-1]}")
+    low, high = 0.0, 1.0  # of r / (1 + r)
+    for _ in range(STEPS):
+        level = (low + high) / 2
+        ratio = max(level, 1e-12) / max(1.0 - level, 1e-12)
+        spent = float(budget.geometric_shares(ratio, len(costs)) @ costs)
+        low, high = (level, high) if spent <= mean else (low, level)
+    return low / (1.0 - low)
+
+
+def floor_thresholds(
+    scores: Float[np.ndarray, "b y"], shares: Float[np.ndarray, "x"]
+) -> Float[np.ndarray, "y"]:
+    """Thresholds of a chain of exits, each of which takes floor(b q) examples (DeeR-VLA's released code).
+
+    Exit by exit, of the examples still in, the floor(b q_l) with the highest scores leave; the threshold is the lowest
+    of these. All that reach it are gone, so ties leave together. Where none should leave, or fewer are left than
+    should, the threshold is `NOBODY`. The final exit takes the rest, at least its own share.
+
+    Args:
+      scores: of every exit before the final one; an example leaves at the first whose score reaches its threshold.
+      shares: q of each exit, the final one last; sums to 1.
+
+    Raises:
+      DyncompError: shapes disagree, or shares that are no distribution.
+    """
+    scores, shares = np.asarray(scores, np.float64), np.asarray(shares, np.float64)
+    if shares.shape != (scores.shape[1] + 1,) or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
+        raise DyncompError(
+            f"floor_thresholds: scores {scores.shape} need {scores.shape[1] + 1} shares >= 0 that sum to 1"
+        )
+    inside = np.ones(len(scores), bool)
+    thresholds = np.full(scores.shape[1], NOBODY)
+    for level, share in enumerate(shares[:-1]):
+        wanted, here = int(len(scores) * share), np.sort(scores[inside, level])
+        if 0 < wanted <= len(here):
+            thresholds[level] = here[len(here) - wanted]
+            inside &= scores[:, level] < thresholds[level]
+    return thresholds

@@ -122,7 +122,7 @@ class HeadWarmUp:
         losses = np.concatenate(
             [
                 np.asarray(cross_entropy(output["logits"][:-1], batch["targets"]))[:, real]
-                for output, batch, real in _examples(forward, task, self.batch_size)
+                for output, batch, real in batches(forward, task, self.batch_size)
             ],
             axis=1,
         )
@@ -157,7 +157,7 @@ class PositiveWeights:
         best = np.concatenate(
             [
                 np.asarray(self.objective.best(output, batch))[real]
-                for output, batch, real in _examples(forward, task, self.batch_size)
+                for output, batch, real in batches(forward, task, self.batch_size)
             ]
         )
         exits = state.controls["pos_weight"].shape[0]
@@ -186,7 +186,7 @@ class KeepAccuracy:
     def __call__(self, state: Any, forward: Forward, task: Any, step: int) -> Any:
         """The state with another threshold."""
         scores, right, costs = [], [], None
-        for output, batch, real in _examples(forward, task, self.batch_size, "calibration"):
+        for output, batch, real in batches(forward, task, self.batch_size, "calibration"):
             scores.append(np.asarray(output["scores"]).T[real])
             said = np.asarray(jnp.argmax(output["logits"], axis=-1))
             right.append((said == np.asarray(batch["targets"])).T[real])
@@ -199,7 +199,7 @@ class KeepAccuracy:
         return state.replace(controls={**state.controls, "threshold": value})
 
 
-def _examples(
+def batches(
     forward: Forward, task: Any, size: int, split: str = "validation"
 ) -> Iterator[tuple[Any, Any, Any]]:
     """(output, batch, which rows are real [b] bool) over a split, in batches of one size."""
@@ -209,6 +209,7 @@ def _examples(
         rows = np.arange(start, start + size)
         real = rows < total
         batch = source.batch(np.minimum(rows, total - 1))
-        batch = {**batch, "mask": batch["mask"] * real.astype(np.float32)}
+        kept = real.astype(np.float32).reshape(-1, *[1] * (batch["mask"].ndim - 1))
+        batch = {**batch, "mask": batch["mask"] * kept}
         output, _ = forward(batch)
         yield output, {**batch, "targets": jnp.asarray(batch["targets"])}, real

@@ -20,19 +20,24 @@ Score = Literal["max_p", "entropy", "margin"]
 
 
 @runtime_checkable
-class ExitRule(Protocol):
-    """What a rule offers; ``state`` is a pytree whose leaves have a leading batch axis."""
+class RunningRule(Protocol):
+    """A rule that is told its first state; ``state`` is a pytree whose leaves have a leading batch axis."""
 
     def initial(self) -> float:
         """Starting threshold of every exit."""
         ...
 
-    def start(self, batch: int) -> Any:
-        """State before the first exit."""
-        ...
-
     def step(self, state, logits, gate, threshold) -> tuple[Any, Array, Array]:
         """(state, leave [b] bool, score [b]) after one exit: logits [b c], gate logit [b], threshold []."""
+        ...
+
+
+@runtime_checkable
+class ExitRule(RunningRule, Protocol):
+    """A rule that knows its first state."""
+
+    def start(self, batch: int) -> Any:
+        """State before the first exit."""
         ...
 
 
@@ -191,15 +196,23 @@ def confidence(logits: Float[Array, "*n c"], score: Score) -> Float[Array, "*n"]
 
 
 def decide(
-    rule: ExitRule,
+    rule: RunningRule,
     logits: Float[Array, "y b c"],
-    gates: Float[Array, "y b"],
+    gates: Float[Array, "y b"] | None,
     thresholds: Float[Array, "y"],
+    state: Any = None,
 ) -> ExitPlan:
-    """Runs the rule over all exits; ``gates`` are logits (read by `GateRule` only)."""
-    state, leaves, scores = rule.start(logits.shape[1]), [], []
+    """Runs the rule over all exits; ``gates`` are logits (read by `GateRule` only).
+
+    ``state`` is what a rule starts with that can't know it by itself (`ConsistencyRule`).
+    """
+    if state is None:
+        assert isinstance(rule, ExitRule), f"{type(rule).__name__} must be told its first state"
+        state = rule.start(logits.shape[1])
+    leaves, scores = [], []
     for index in range(logits.shape[0]):
-        state, leave, score = rule.step(state, logits[index], gates[index], thresholds[index])
+        gate = None if gates is None else gates[index]
+        state, leave, score = rule.step(state, logits[index], gate, thresholds[index])
         leaves.append(leave)
         scores.append(score)
     return first_exit(_columns(leaves), jnp.stack(scores, axis=1))

@@ -24,8 +24,10 @@ from dyncomp.models.nested import NestedLM
 from dyncomp.models.norm import Norm
 from dyncomp.models.normed_conv import NormedConv
 from dyncomp.models.packed import ImageTextRow
+from dyncomp.models.policy import MultiExitPolicy
 from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
 from dyncomp.models.saturating import SaturatingVLM
+from dyncomp.models.seeing import GatedCross, ImageTokens, Resampler, SeeingBlock, WordTokens
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.spiking import SpikingClassifier
@@ -46,22 +48,28 @@ __all__ = [
     "ExitingClassifier",
     "ExitingDenoiser",
     "FactoredLM",
+    "GatedCross",
     "Group",
     "GroupStack",
     "HalvingConv",
     "HeadPatterns",
     "ImageTextRow",
+    "ImageTokens",
     "Level",
+    "MultiExitPolicy",
     "NestedLM",
     "Norm",
     "NormedConv",
     "Pyramid",
+    "Resampler",
     "SaturatingVLM",
+    "SeeingBlock",
     "SkippingLM",
     "SpikingClassifier",
     "StoppingLM",
     "UViT",
     "VisionTransformer",
+    "WordTokens",
     "apart",
     "apply",
     "block_outputs",

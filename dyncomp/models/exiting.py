@@ -1,5 +1,6 @@
 """A backbone that may end early: exits between its blocks and a rule that picks one for each example."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -217,8 +218,12 @@ class ExitingClassifier(nn.Module):
         return [sum(flops[: index + 1]) / sum(flops) for index in range(len(flops))]
 
 
-def block_prices(table: dict[str, Any], net: Any, length: int) -> list[Cost]:
+def block_prices(
+    table: dict[str, Any], net: Any, length: int, other: Mapping[str, int] | None = None
+) -> list[Cost]:
     """Price of every block on one example of ``length`` positions, in the order of execution.
+
+    ``other``: how often further events happen in a block of one example, by the last part of their path.
 
     Raises:
       DyncompError: a block has an event whose count depends on the input.
@@ -228,7 +233,7 @@ def block_prices(table: dict[str, Any], net: Any, length: int) -> list[Cost]:
 
     pairs = length * length
     counts = {"pair_blocks": pairs // PAIR_BLOCK, "pairs": pairs % PAIR_BLOCK}
-    counts |= dict.fromkeys(PER_TOKEN, length)
+    counts |= dict.fromkeys(PER_TOKEN, length) | dict(other or {})
     prices = []
     for number, group in enumerate(net.groups):
         period = []

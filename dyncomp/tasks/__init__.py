@@ -2,6 +2,7 @@
 
 from dyncomp.tasks.base import Source, Task
 from dyncomp.tasks.code_lm import CodeLM, HubText, TextFiles
+from dyncomp.tasks.demonstrations import PickPlaceDemonstrations, RecordedEpisodes
 from dyncomp.tasks.denoising import Denoising
 from dyncomp.tasks.features import FeatureTask
 from dyncomp.tasks.images import Digits, FashionMNIST, HubImages
@@ -9,6 +10,7 @@ from dyncomp.tasks.library_text import LibraryText
 from dyncomp.tasks.loader import Loader
 from dyncomp.tasks.nested import NestedObjective
 from dyncomp.tasks.objectives import ClassificationObjective, LMObjective
+from dyncomp.tasks.pick_place import PickPlace, rollout
 from dyncomp.tasks.recall import Recall, RecallObjective
 from dyncomp.tasks.shapes import ShapeScenes
 from dyncomp.tasks.stopping import StoppingObjective, exits_right
@@ -29,8 +31,11 @@ __all__ = [
     "LibraryText",
     "Loader",
     "NestedObjective",
+    "PickPlace",
+    "PickPlaceDemonstrations",
     "Recall",
     "RecallObjective",
+    "RecordedEpisodes",
     "ShapeScenes",
     "Source",
     "StoppingObjective",
@@ -39,5 +44,6 @@ __all__ = [
     "TwinTiles",
     "byte_classes",
     "exits_right",
+    "rollout",
     "token_classes",
 ]

@@ -142,6 +142,27 @@ class Alternating:
         return (place // self.period) % len(self.groups)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouped:
+    """Groups of parameters, each with its own optimizer, all at once (a lower rate for some, no decay for others).
+
+    Attributes:
+      groups: regular expression of parameter paths -> optimizer; the first match counts. Parameters of no group do not
+        move. Leave their own ``clip_norm`` at 0.
+      clip_norm: by the global norm of all groups together; 0 for no clipping.
+    """
+
+    groups: Mapping[str, Optimizer]
+    clip_norm: float = 1.0
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The transformation for a stage of ``steps``."""
+        names = list(self.groups)
+        inner = {name: optimizer.build(steps) for name, optimizer in self.groups.items()}
+        tx = optax.partition({**inner, "": optax.set_to_zero()}, lambda p: label(p, names))
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), tx) if self.clip_norm else tx
+
+
 def label(params: Any, patterns: list[str]) -> Any:
     """For every leaf the first pattern found in its path, or ""."""
     names = [next((p for p in patterns if re.search(p, path)), "") for path in paths(params)]
