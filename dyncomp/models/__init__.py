@@ -1,10 +1,13 @@
 """Backbones with seams."""
 
 from dyncomp.models.apart import apart, with_mixer, with_mixers
+from dyncomp.models.batch_norm import BatchNorm
 from dyncomp.models.block import Block
+from dyncomp.models.convnet import ConvLevel
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
+from dyncomp.models.exiting_convnet import ExitingConvNet
 from dyncomp.models.factored import FactoredLM
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.head_patterns import (
@@ -28,13 +31,17 @@ from dyncomp.models.pyramid import ConvBlock, HalvingConv, Level, Pyramid
 from dyncomp.models.single_blocks import block_outputs, block_places, join_blocks, kv_cost
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.stopping import StoppingLM
+from dyncomp.models.two_branch import TwoBranchClassifier
 from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
+    "BatchNorm",
     "Block",
     "ConvBlock",
+    "ConvLevel",
     "DecoderLM",
     "ExitingClassifier",
+    "ExitingConvNet",
     "FactoredLM",
     "Group",
     "GroupStack",
@@ -46,6 +53,7 @@ __all__ = [
     "Pyramid",
     "SkippingLM",
     "StoppingLM",
+    "TwoBranchClassifier",
     "VisionTransformer",
     "apart",
     "apply",

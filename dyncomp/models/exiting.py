@@ -1,5 +1,6 @@
 """A backbone that may end early: exits between its blocks and a rule that picks one for each example."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from dyncomp.core.aux import Aux, Count
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
-from dyncomp.core.typing import Array, Factory, Float, check_factory
+from dyncomp.core.typing import Array, Factory, Float, Int, check_factory
 from dyncomp.exits.bank import ExitBank
 from dyncomp.exits.rules import ExitRule, GateRule, decide
 
@@ -108,17 +109,7 @@ class ExitingClassifier(nn.Module):
             "pos_weight": controls["pos_weight"],
         }
         plans = {"exit": plan} if "plan" in capture else {}
-        return output, Aux(inner.losses, self._events(plan.exit, mask), plans)
-
-    def _events(self, exit_index: Array, mask: Array | None) -> dict[str, Any]:
-        """Which segments each example needs: those up to its exit."""
-        real = jnp.ones(exit_index.shape, bool) if mask is None else mask.astype(bool)
-
-        def reached(index: int) -> Count:
-            needed = (exit_index >= index) & real
-            return Count(needed.astype(jnp.int32), jnp.ones(exit_index.shape, jnp.int32))
-
-        return {f"segment_{index}": reached(index) for index in range(self.depth)}
+        return output, Aux(inner.losses, segments_reached(plan.exit, self.depth, mask), plans)
 
     def begin(self, images: Float[Array | np.ndarray, "b h w c"]) -> dict[str, Any]:
         """What is carried from segment to segment: tokens ``x`` and the rule's ``state``."""
@@ -162,8 +153,26 @@ class ExitingClassifier(nn.Module):
 
     def cumulative_costs(self, inputs_shape: tuple[int, ...]) -> list[float]:
         """c_l: FLOPs up to and including exit l, its head and gate counted, over those of the whole; the last is 1."""
-        flops = [price.flops for price in self.cost(inputs_shape).values()]
-        return [sum(flops[: index + 1]) / sum(flops) for index in range(len(flops))]
+        return cumulative_costs(self.cost(inputs_shape))
+
+
+def segments_reached(
+    exit_index: Int[Array, "b"], depth: int, mask: Array | None
+) -> dict[str, Count]:
+    """Events of segments in masked execution: needed up to each example's exit, executed for all."""
+    real = jnp.ones(exit_index.shape, bool) if mask is None else mask.astype(bool)
+
+    def reached(index: int) -> Count:
+        needed = (exit_index >= index) & real
+        return Count(needed.astype(jnp.int32), jnp.ones(exit_index.shape, jnp.int32))
+
+    return {f"segment_{index}": reached(index) for index in range(depth)}
+
+
+def cumulative_costs(prices: Mapping[str, Cost]) -> list[float]:
+    """FLOPs up to and including each segment, in order, over those of all; the last is 1."""
+    flops = [price.flops for price in prices.values()]
+    return [sum(flops[: index + 1]) / sum(flops) for index in range(len(flops))]
 
 
 def block_prices(table: dict[str, Any], net: Any, length: int) -> list[Cost]:
