@@ -16,7 +16,10 @@ from dyncomp.core.typing import Float
 
 Short = Literal["take", "official"]
 DAMPING = (0.85, 1.0, 0.5)
-SWEEP = (*(round(0.05 * step, 2) for step in range(4, 21)), *(20 / step for step in range(20, 4, -1)))
+SWEEP = (
+    *(round(0.05 * step, 2) for step in range(4, 21)),
+    *(20 / step for step in range(20, 4, -1)),
+)
 """The 33 values of p: 0.20, 0.25, ... 1, then 20/20, 20/19, ... 20/5; 1 occurs twice."""
 
 

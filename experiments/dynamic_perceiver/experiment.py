@@ -50,16 +50,16 @@ ARMS = [
 ]  # fmt: skip
 TRIALS = dict.fromkeys(ARMS, 3)  # learning rates, the same for all
 
-CLASSES, SHUFFLES, SHAPE = 10, 10, (1, 28, 28, 1)
+CLASSES, SHUFFLES, SHAPE = 10, 10, (1, 14, 14, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
     """How long to train; one pass, every image is new."""
 
-    steps: int = 500
+    steps: int = 300
     batch: int = 64
-    warm_up: int = 50
+    warm_up: int = 30
     rate: float = 4e-3
     decay: float = 0.05
 
@@ -68,21 +68,21 @@ QUICK = Lengths(steps=3, batch=16, warm_up=1)
 
 
 def levels(*widths: int) -> tuple[ConvLevel, ...]:
-    """A bottleneck each, on 7x7, 7x7, 7x7 and 4x4 places."""
-    strides = (2, 1, 1, 2)
+    """A bottleneck each, on 7x7, then 4x4 places."""
+    strides = (1, 2, 1, 1)
     return tuple(ConvLevel(width=w, stride=s) for w, s in zip(widths, strides, strict=True))
 
 
 def two_branch(**options: Any) -> TwoBranchClassifier:
-    """A stem of 14x14 places, 32 tokens of width 16 at first, one or two blocks of self-attention a stage."""
+    """A stem of 7x7 places, 16 tokens of width 16 at first, 4x4 keys, a block of self-attention a stage."""
     return TwoBranchClassifier(
-        classes=CLASSES, levels=levels(16, 24, 32, 48), stem=16, tokens=32, blocks=(1, 1, 2, 1), **options
+        classes=CLASSES, levels=levels(16, 24, 32, 48), stem=16, tokens=16, blocks=(1, 1, 1, 1), side=4, **options
     )  # fmt: skip
 
 
 def coupled() -> ExitingConvNet:
     """The CNN, wider, with linear exits after stages 3 and 4."""
-    return ExitingConvNet(classes=CLASSES, levels=levels(22, 33, 44, 66), stem=22)
+    return ExitingConvNet(classes=CLASSES, levels=levels(20, 32, 42, 64), stem=20)
 
 
 def weights(learned: str, exits: int) -> tuple[Any, Any]:
@@ -129,7 +129,9 @@ class Trainer:
         state, hard_soft = self.adam.init(params), weights(learned, len(self.costs))
         order = np.random.default_rng(self.seed).permutation(len(images))
         for start in range(self.lengths.steps):
-            rows = order.take(np.arange(self.lengths.batch) + start * self.lengths.batch, mode="wrap")
+            rows = order.take(
+                np.arange(self.lengths.batch) + start * self.lengths.batch, mode="wrap"
+            )
             params, controls, state = self.step(
                 params, controls, state, images[rows], labels[rows], *hard_soft
             )
@@ -189,14 +191,20 @@ def at(curve: dict[str, list[Any]], cost: float) -> float:
     return float(np.interp(cost, np.take(curve["cost"], order), np.take(curve["accuracy"], order)))
 
 
+def halved(images: np.ndarray) -> np.ndarray:
+    """Means of 2x2 pixels: 14x14."""
+    n, h, w, c = images.shape
+    return images.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
 def load(quick: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of the splits, in memory."""
+    """Images of 14x14 pixels and labels of the splits, in memory."""
     task, limit = FashionMNIST(), 500 if quick else None
     arrays = {}
     for split in ("train", "calibration", "test"):
         source = task.source(split)
         batch = source.batch(np.arange(min(len(source), limit or len(source))))
-        arrays[split] = np.asarray(batch["inputs"]), np.asarray(batch["targets"])
+        arrays[split] = halved(batch["inputs"]), np.asarray(batch["targets"])
     return arrays
 
 
@@ -235,7 +243,9 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
     for arm, curve in curves.items():
         change = results[arm]["final"] - results[f"{arm}_final"]["final"]
         results[arm] |= {"change": change, "at_0.8": at(curve, 0.8)}
-    lost = [results["two_branch"][f"exit_{i}"] - results["read_once"][f"exit_{i}"] for i in range(1, 5)]
+    lost = [
+        results["two_branch"][f"exit_{i}"] - results["read_once"][f"exit_{i}"] for i in range(1, 5)
+    ]
     results["read_once_early"] = {"hurt": (lost[0] + lost[1]) / 2}
     results["read_once_late"] = {"hurt": (lost[2] + lost[3]) / 2}
     held, test, costs = found["two_branch"]
@@ -246,7 +256,11 @@ def run_seed(seed: int, quick: bool, workdir: Path) -> dict[str, Any]:
         results[f"random_{p:g}"] = {"accuracy": curve["random"][place], "cost": cost}
     exits = leave(held, test, 1.0)
     shown = load_module(PICTURES).chosen(test, exits, arrays["test"][0])
-    drawn = {"curves": curves, "costs": costs.tolist(), "coupled_costs": found["coupled"][2].tolist()}
+    drawn = {
+        "curves": curves,
+        "costs": costs.tolist(),
+        "coupled_costs": found["coupled"][2].tolist(),
+    }
     return {**results, "_figures": {**shown, **drawn}}
 
 

@@ -64,11 +64,14 @@ def quality(results: dict[str, Any], shown: list[dict[str, Any]], path: Path) ->
         y = np.asarray([one["curves"][arm][what] for one in shown])
         axes.plot(x, y.mean(axis=0), "-", color=colour, lw=1.6, label=label)
         axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, lw=0)
-    for arm, colour, names in (("two_branch", "C0", 4), ("coupled", "C2", 2)):
+    for arm, colour, costs, name in (
+        ("two_branch", "C0", shown[0]["costs"], "two branches"),
+        ("coupled", "C2", shown[0]["coupled_costs"], "CNN"),
+    ):
         figs = drawing.figures_of(results, arm)
-        costs = shown[0]["costs"] if arm == "two_branch" else shown[0]["coupled_costs"]
-        each = [np.mean([f[f"exit_{i}"] for f in figs]) for i in range(1, names + 1)]
-        axes.plot(costs, each, "s", color=colour, ms=5, mfc="white", label=f"every image leaves here ({'two branches' if arm == 'two_branch' else 'CNN'})")  # fmt: skip
+        each = [np.mean([f[f"exit_{i}"] for f in figs]) for i in range(1, len(costs) + 1)]
+        label = f"every image leaves here, {name}"
+        axes.plot(costs, each, "s", color=colour, ms=5, mfc="white", label=label)
     axes.set(xlabel="mean multiply-adds (the whole two-branch network is 1)")
     axes.set(ylabel="test accuracy, percent")
     axes.legend(fontsize=8, loc="lower right")
@@ -81,7 +84,9 @@ def by_exit(results: dict[str, Any], path: Path) -> None:
     low = 100.0
     for index, (arm, label) in enumerate(BARS.items()):
         exits = (4,) if arm == "two_branch_final" else range(1, 5)
-        values = np.asarray([[f[f"exit_{i}"] for i in exits] for f in drawing.figures_of(results, arm)])
+        values = np.asarray(
+            [[f[f"exit_{i}"] for i in exits] for f in drawing.figures_of(results, arm)]
+        )
         x = np.asarray(exits) - 1 + (index - 2) * 0.16
         axes.bar(x, values.mean(axis=0), 0.15, color=f"C{index}", alpha=0.6, label=label)
         axes.plot(np.tile(x, len(values)), values.ravel(), ".", color="0.25", ms=3)
@@ -105,7 +110,9 @@ def places(shown: list[dict[str, Any]], path: Path) -> None:
     for (row, column), share in np.ndenumerate(each):
         shade = "white" if share > 0.6 else "black"
         right.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7, color=shade)
-    right.set(yticks=range(4), yticklabels=range(1, 5), ylabel="exit", title="where each class leaves")
+    right.set(
+        yticks=range(4), yticklabels=range(1, 5), ylabel="exit", title="where each class leaves"
+    )
     right.set_xticks(range(len(GARMENTS)), GARMENTS, rotation=35, ha="right")
     drawing.save(figure, path)
 
