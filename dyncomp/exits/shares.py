@@ -26,7 +26,7 @@ SWEEP = (
 def swept_shares(
     p: float, exits: int, damping: Sequence[float] = DAMPING
 ) -> Float[np.ndarray, "exits"]:
-    """q_k proportional to p^k, then q_1, q_2, ... times ``damping`` in turn, the later ones scaled so that all sum to 1.
+    """q_k proportional to p^k, then q_1, q_2, ... times ``damping`` in turn, the later ones scaled: all sum to 1.
 
     Raises:
       DyncompError: p that is not positive, or damping that leaves nothing or too much to the later exits.
@@ -69,7 +69,8 @@ def share_thresholds(
         raise DyncompError(f"short={short!r}: use 'take' or 'official'")
     if scores.ndim != 2 or shares.shape != (scores.shape[1] + 1,) or np.isnan(scores).any():
         raise DyncompError(
-            f"share_thresholds: scores {scores.shape} without NaN need {scores.shape[-1] + 1} shares, got {shares.shape}"
+            f"share_thresholds: scores {scores.shape} without NaN need {scores.shape[-1] + 1} shares,"
+            f" got {shares.shape}"
         )
     if (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
         raise DyncompError("share_thresholds: shares must be >= 0 and sum to 1")

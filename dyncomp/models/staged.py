@@ -1,4 +1,4 @@
-"""What classifiers have in common that end after one of a few unlike segments, each with weights and state of its own."""
+"""What classifiers share that end after one of a few unlike segments, each with weights and state of its own."""
 
 from collections.abc import Mapping
 from typing import Any

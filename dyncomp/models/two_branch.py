@@ -77,12 +77,12 @@ class MergeHead(nn.Module):
 class TwoBranchClassifier(StagedClassifier):
     """Images to four answers, of growing cost: two from the latent tokens, one from the CNN, one from both.
 
-    A stage i of four: the tokens read the CNN's features (`ReadFeatures`), think (self-attention), the CNN's blocks run;
-    tokens become half as many and as wide as the CNN's new features (`TokenMixer`), and these read the tokens
-    (`WriteFeatures`). Exits, in order: tokens of stage 3, *before* the CNN's third stage runs; tokens of stage 4, before
-    its fourth; its pooled features; all together. Segments are cut there, so that who leaves first never runs stage 3.
+    Four stages. In each the tokens read the CNN's features (`ReadFeatures`) and think (self-attention), the CNN's
+    blocks run, the tokens become half as many and as wide as the CNN's new features (`TokenMixer`), and these read the
+    tokens (`WriteFeatures`). Exits, in order: tokens of stage 3, *before* the CNN's third stage runs; tokens of stage 4,
+    before its fourth; its pooled features; all together. Segments are cut there: who leaves first never runs stage 3.
 
-    Parameters: ``latent``, ``stem``, ``stage_i``, ``read_i``, ``think_i_j``, ``mix_i``, ``write_i``, ``hand_i``,
+    Parameters: ``latent``, ``stem_conv``, ``stage_i``, ``read_i``, ``think_i_j``, ``mix_i``, ``write_i``, ``hand_i``,
     ``head_early``, ``head_latent``, ``head_features``, ``head_merge``; statistics of batch norms are controls.
 
     Attributes:
