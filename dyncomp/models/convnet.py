@@ -1,6 +1,8 @@
 """Stages of a convolutional network of bottleneck blocks (RegNet, Radosavovic et al. 2020, arXiv 2003.13678)."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,20 +130,21 @@ class Bottleneck(nn.Module):
     first: bool
     dtypes: DTypes = DTypes()
 
-    def _parts(self, inner: int, **kwargs) -> dict[str, nn.Module]:
+    def _parts(self, inner: int, **kwargs: Any) -> dict[str, Any]:
         level, stride = self.level, self.level.stride if self.first else 1
         groups = level.width // level.group_width if level.group_width else 1
-        conv = lambda name, *args: ConvNorm(level.width, *args, self.dtypes, name=name, **kwargs)
-        parts: dict[str, nn.Module] = {
-            "reduce": conv("reduce", 1, 1, 1, True),
-            "conv": conv("conv", 3, stride, groups, True),
-            "expand": conv("expand", 1, 1, 1, False),
+        own: dict[str, Any] = {"dtypes": self.dtypes, **kwargs}
+        conv = functools.partial(ConvNorm, level.width, **own)
+        parts: dict[str, Any] = {
+            "reduce": conv(1, name="reduce"),
+            "conv": conv(3, stride, groups, name="conv"),
+            "expand": conv(1, relu=False, name="expand"),
         }
         if level.squeeze:  # of the width that enters the block, as RegNetY has it
             hidden = max(1, round(inner / 4))
-            parts["squeeze"] = SqueezeExcite(hidden, self.dtypes, name="squeeze", **kwargs)
+            parts["squeeze"] = SqueezeExcite(hidden, name="squeeze", **own)
         if self.first and (stride != 1 or inner != level.width):
-            parts["shortcut"] = conv("shortcut", 1, stride, 1, False)
+            parts["shortcut"] = conv(1, stride, relu=False, name="shortcut")
         return parts
 
     @nn.compact

@@ -46,7 +46,7 @@ class ExitingConvNet(StagedClassifier):
         return len(self.exits_after) + 1
 
     def _modules(self, **kwargs: Any) -> dict[str, Any]:
-        own = {"dtypes": self.dtypes, **kwargs}
+        own: dict[str, Any] = {"dtypes": self.dtypes, **kwargs}
         return {
             "stem_conv": ConvNorm(self.stem, 3, 2, **own),
             "stage": [ConvStage(level, **own) for level in self.levels],

@@ -79,8 +79,8 @@ class TwoBranchClassifier(StagedClassifier):
 
     Four stages. In each the tokens read the CNN's features (`ReadFeatures`) and think (self-attention), the CNN's
     blocks run, the tokens become half as many and as wide as the CNN's new features (`TokenMixer`), and these read the
-    tokens (`WriteFeatures`). Exits, in order: tokens of stage 3, *before* the CNN's third stage runs; tokens of stage 4,
-    before its fourth; its pooled features; all together. Segments are cut there: who leaves first never runs stage 3.
+    tokens (`WriteFeatures`). Exits, in order: tokens of stage 3, *before* the CNN's third stage runs; tokens of stage
+    4, before its fourth; its pooled features; all together. Segments are cut there: who leaves first skips stage 3.
 
     Parameters: ``latent``, ``stem_conv``, ``stage_i``, ``read_i``, ``think_i_j``, ``mix_i``, ``write_i``, ``hand_i``,
     ``head_early``, ``head_latent``, ``head_features``, ``head_merge``; statistics of batch norms are controls.
@@ -143,7 +143,8 @@ class TwoBranchClassifier(StagedClassifier):
 
     def _modules(self, **kwargs: Any) -> dict[str, Any]:
         """Everything with parameters but the latent tokens; lists by stage."""
-        widths, own = self.widths, {"dtypes": self.dtypes, **kwargs}
+        widths = self.widths
+        own: dict[str, Any] = {"dtypes": self.dtypes, **kwargs}
         reading = range(STAGES if self.reads == "every" else 1)
         think = lambda i: AttentionLayer(self.heads[i], 0, self.widening, **own)
         head = lambda: Head(self.classes, **own)

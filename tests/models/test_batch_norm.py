@@ -23,7 +23,7 @@ def test_training_uses_the_batch_and_evaluation_what_was_seen():
         controls = moved["controls"]
     np.testing.assert_allclose(controls["mean"], mean, rtol=1e-5)
     np.testing.assert_allclose(controls["var"], var, rtol=1e-5)
-    y = module.apply({"params": params, "controls": controls}, batches[0][:1])
+    y = module.apply({"params": params, "controls": controls}, jnp.asarray(batches[0][:1]))
     wanted = (batches[0][:1] - mean) / np.sqrt(var + 1e-5) * [2.0, 0.5] + [-1.0, 3.0]
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
