@@ -19,6 +19,25 @@ from dyncomp.models.dense import Dense
 from dyncomp.models.norm import Norm
 
 
+class LatentTokens(nn.Module):
+    """Learned tokens, the same for every example; N(0, 0.02) at first.
+
+    Attributes:
+      tokens, width: t and d.
+    """
+
+    tokens: int
+    width: int
+    dtypes: DTypes = DTypes()
+
+    @nn.compact
+    def __call__(self, batch: int) -> Float[Array, "b t d"]:
+        """For so many examples, of the compute dtype."""
+        shape, init = (self.tokens, self.width), nn.initializers.normal(0.02)
+        z = param(self, "tokens", init, shape, (None, "embed"), self.dtypes.param)
+        return jnp.broadcast_to(z.astype(self.dtypes.compute)[None], (batch, *shape))
+
+
 class AttentionLayer(nn.Module):
     """q + O(attention(LN q, LN kv)), then y + MLP(LN y); without ``kv`` the tokens attend to themselves.
 

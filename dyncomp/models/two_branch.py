@@ -10,11 +10,16 @@ from flax import linen as nn
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
-from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Float
 from dyncomp.models.batch_norm import BatchNorm
 from dyncomp.models.convnet import ConvLevel, ConvNorm, ConvStage, Size, pooled
-from dyncomp.models.latent import AttentionLayer, ReadFeatures, TokenMixer, WriteFeatures
+from dyncomp.models.latent import (
+    AttentionLayer,
+    LatentTokens,
+    ReadFeatures,
+    TokenMixer,
+    WriteFeatures,
+)
 from dyncomp.models.staged import StagedClassifier
 from dyncomp.models.vit import Head
 
@@ -142,13 +147,14 @@ class TwoBranchClassifier(StagedClassifier):
         return self.tokens >> stage
 
     def _modules(self, **kwargs: Any) -> dict[str, Any]:
-        """Everything with parameters but the latent tokens; lists by stage."""
+        """Everything with parameters; lists by stage."""
         widths = self.widths
         own: dict[str, Any] = {"dtypes": self.dtypes, **kwargs}
         reading = range(STAGES if self.reads == "every" else 1)
         think = lambda i: AttentionLayer(self.heads[i], 0, self.widening, **own)
         head = lambda: Head(self.classes, **own)
         return {
+            "latent": LatentTokens(self.tokens, widths[0], **own),
             "stem_conv": ConvNorm(self.stem, 3, 2, **own),
             "stage": [ConvStage(level, **own) for level in self.levels],
             "read": [ReadFeatures(self.side, **own) for _ in reading],
@@ -168,8 +174,6 @@ class TwoBranchClassifier(StagedClassifier):
     def setup(self):  # noqa: D102
         for name, value in self._modules().items():
             setattr(self, name, value)
-        shape, init = (self.tokens, self.widths[0]), nn.initializers.normal(0.02)
-        self.latent = param(self, "latent", init, shape, (None, "embed"), self.dtypes.param)
 
     # ---- the forward pass, in segments
 
@@ -189,7 +193,7 @@ class TwoBranchClassifier(StagedClassifier):
           stages 3 and 4; ``early_logits``, ``late_logits``: of the exits on them. Zeros until they are made.
         """
         x = self.stem_conv(images.astype(self.dtypes.compute), train)
-        z = jnp.broadcast_to(self.latent.astype(x.dtype)[None], (x.shape[0], *self.latent.shape))
+        z = self.latent(x.shape[0])
         for stage in range(2):
             z = self._thought(stage, z, x)
             x = self.stage[stage](x, train)

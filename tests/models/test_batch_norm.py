@@ -1,4 +1,4 @@
-"""Batch norm against its formulas; its statistics through the train step."""
+"""Batch norm against its formulas: statistics of the batch, and running ones that are controls."""
 
 import jax
 import jax.numpy as jnp

@@ -12,6 +12,7 @@ from flax import linen as nn
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
 from dyncomp.models import ConvLevel, ExitingConvNet, TwoBranchClassifier
+from dyncomp.models.two_branch import HandOn, MergeHead
 from dyncomp.runtime import HostExecutor, MaskedExecutor, from_model
 
 LEVELS = [ConvLevel(width=w, stride=s) for w, s in ((8, 2), (8, 1), (16, 1), (8, 2))]
@@ -86,7 +87,7 @@ def test_tokens_halve_and_take_the_widths_of_the_cnn(net):
     mix = variables["params"]
     shapes = [mix[f"mix_{i}"]["tokens_out"]["kernel"].shape for i in range(3)]
     assert shapes == [(8, 4), (4, 2), (2, 1)]
-    assert mix["latent"].shape == (8, 8)
+    assert mix["latent"]["tokens"].shape == (8, 8)
     assert mix["write_3"]["attention"]["query"]["kernel"].shape == (8, 1)
 
 
@@ -146,6 +147,57 @@ def test_who_leaves_first_is_charged_no_third_stage():
     token_exit, map_exit = 2 * 8 + 2 * 8 * 3, 9 * 16 + 2 * 16 * 3
     assert other["segment_0"].flops - prices["segment_0"].flops == third + map_exit - token_exit
     assert prices["segment_1"].flops - other["segment_1"].flops == third
+
+
+@pytest.mark.parametrize("fields", [{}, {"first_exit": "features"}, {"reads": "first"}])
+def test_each_segment_runs_on_its_own_weights_alone(fields):
+    """Traced with nothing but what `weights_of` and `controls_of` hand out; more would be missed."""
+    model = small(**fields)
+    images = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    whole = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images))
+    own = lambda i: {
+        "params": model.weights_of(whole["params"], i),
+        "controls": model.controls_of(whole["controls"], i),
+    }
+    begin = functools.partial(model.apply, method="begin")
+    carry, level = jax.eval_shape(begin, own(None), images), jax.ShapeDtypeStruct((), jnp.float32)
+    for index in range(4):
+        call = lambda v, c, t, i=index: model.apply(v, i, c, t, method="segment")
+        handed, logits, leave, score = jax.eval_shape(call, own(index), carry, level)
+        assert jax.tree.map(lambda leaf: leaf.shape, handed) == jax.tree.map(
+            lambda leaf: leaf.shape, carry
+        )
+        assert logits.shape == (4, 3) and leave.shape == score.shape == (4,)
+
+
+def test_the_ends_equal_numpy():
+    """ReLU(BN(W logits)) that is handed on, and the last classifier with a hidden layer."""
+    rng = np.random.default_rng(4)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    x = draw(5, 6)
+    stats = {"mean": draw(6), "var": 1 + np.abs(draw(6))}
+    affine = {"scale": draw(6), "bias": draw(6)}
+    norm = lambda v: (v - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * affine["scale"]
+    controls = {"norm": jax.tree.map(jnp.asarray, stats)}
+    product = {"kernel": draw(5, 6), "bias": draw(6)}
+    told = HandOn(6).apply(
+        {"params": {"product": product, "norm": affine}, "controls": controls},
+        jnp.asarray(x[:, :5]),
+    )
+    wanted = np.maximum(norm(x[:, :5] @ product["kernel"] + product["bias"]) + affine["bias"], 0)
+    np.testing.assert_allclose(told, wanted, rtol=1e-4, atol=1e-5)
+    middle, last = {"kernel": draw(6, 4), "bias": draw(4)}, {"kernel": draw(4, 3), "bias": draw(3)}
+    head = MergeHead(3, hidden=4, dropout=0.5)
+    params = {"norm": affine, "middle": middle, "product": last}
+    variables = {"params": params, "controls": controls}
+    found = head.apply(variables, jnp.asarray(x))
+    h = (norm(x) + affine["bias"]) @ middle["kernel"] + middle["bias"]
+    h = h * np.clip(h + 3, 0, 6) / 6
+    np.testing.assert_allclose(found, h @ last["kernel"] + last["bias"], rtol=1e-4, atol=1e-4)
+    noisy = functools.partial(head.apply, variables, jnp.asarray(x), True, mutable=["controls"])
+    first, again = (noisy(rngs={"dropout": jax.random.key(i)})[0] for i in (0, 1))
+    assert np.abs(first - again).max() > 1e-3
+    assert head.cost(6).flops == 2 * (6 * 4 + 4 * 3)
 
 
 def test_reading_once_drops_the_later_readers_and_their_cost():
