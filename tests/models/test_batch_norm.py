@@ -7,7 +7,7 @@ import numpy as np
 from dyncomp.models import BatchNorm
 
 
-def test_training_uses_the_batch_and_evaluation_what_was_seen():
+def test_training_uses_the_batch_and_evaluation_what_was_seen(strict):
     rng, module = np.random.default_rng(0), BatchNorm(momentum=0.25)
     batches = [rng.normal(size=(4, 3, 2)).astype(np.float32) * (1 + i) + i for i in range(2)]
     params = {"scale": jnp.float32([2.0, 0.5]), "bias": jnp.float32([-1.0, 3.0])}

@@ -60,7 +60,7 @@ def tiny_params(module, *inputs):
     return jax.tree.map(lambda leaf: jnp.asarray(0.4 * draw(*leaf.shape)), shapes)
 
 
-def test_layers_equal_numpy(reading):
+def test_layers_equal_numpy(reading, strict):
     module, params, q, kv, run = reading
     np.testing.assert_allclose(run(params, q, kv), layer(wide(params), q, kv), rtol=1e-4, atol=1e-4)
     alone = AttentionLayer(heads=2, widening=4)

@@ -51,7 +51,7 @@ def net():
     return SimpleNamespace(model=model, variables=random_variables(model), images=images, run=run)
 
 
-def test_what_each_exit_depends_on(net):
+def test_what_each_exit_depends_on(net, strict):
     """Parameters that are no numbers spoil just the exits that use them, and through them alone gradients flow."""
     wanted = {
         "stage_1": [1, 1, 1, 1],
