@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -13,6 +14,8 @@ from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Float
 
 Grid = tuple[int, int] | None
+LARGE, FEW = 7, 256
+"""From this side of a kernel, and up to so many places of a grid, matrices serve on the CPU."""
 
 
 def grid_of(grid: Grid, tokens: int) -> tuple[int, int]:
@@ -68,9 +71,12 @@ def depthwise(
     """Cross-correlation of every channel with its kernel, zeros around the grid.
 
     A grouped convolution; on the CPU a sum of shifted copies, which fuse into one loop: there XLA takes some fifteen
-    times longer for the former.
+    times longer for the former. Of a large kernel on a small grid there would be too many copies: such a channel is
+    multiplied with a matrix from places to places.
     """
-    return lax.platform_dependent(x, kernel, cpu=_shifted, default=_convolved)
+    small = kernel.shape[0] >= LARGE and x.shape[1] * x.shape[2] <= FEW
+    on_cpu = _multiplied if small else _shifted
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=_convolved)
 
 
 def _convolved(x: Array, kernel: Array) -> Array:
@@ -94,3 +100,18 @@ def _shifted(x: Array, kernel: Array) -> Array:
             shifted = wide[:, i : i + rows, j : j + columns]
             total = total + shifted * kernel[i, j][None, None, None]
     return total
+
+
+def _multiplied(x: Array, kernel: Array) -> Array:
+    b, rows, columns, d = x.shape
+    ones = [_reach(length, kernel.shape[0]).astype(kernel.dtype) for length in (rows, columns)]
+    weights = jnp.einsum("yik,xjl,kld->dyxij", *map(jnp.asarray, ones), kernel)
+    weights = weights.reshape(d, rows * columns, rows * columns)
+    y = jnp.einsum("dpq,bqd->bpd", weights, x.reshape(b, rows * columns, d))
+    return y.reshape(x.shape)
+
+
+def _reach(length: int, size: int) -> np.ndarray:
+    """[out, in, tap]: 1 where the tap of a kernel at ``out`` lies on ``in``."""
+    out, place, tap = np.ogrid[:length, :length, :size]
+    return (place - out == tap - size // 2).astype(np.float32)

@@ -8,6 +8,7 @@ from dyncomp.exits.budget_controller import BudgetThresholds, middle_steps, refi
 from dyncomp.exits.budgets import deepest_exit, floor_thresholds, ratio_for_mean, solve_thresholds
 from dyncomp.exits.consistency import ConsistencyRule
 from dyncomp.exits.controllers import HeadWarmUp, KeepAccuracy, PositiveWeights
+from dyncomp.exits.distilled import DistilledExitObjective
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
 from dyncomp.exits.layerwise import LayerwiseObjective
@@ -16,6 +17,7 @@ from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective, Ram
 from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, RunningSumRule, decide
 from dyncomp.exits.saturation import Decay, SaturationRule
 from dyncomp.exits.selection import cheapest_threshold, leaves_above, threshold_front
+from dyncomp.exits.shares import share_thresholds, swept_shares
 
 __all__ = [
     "ActionHead",
@@ -24,6 +26,7 @@ __all__ = [
     "ConfidenceRule",
     "ConsistencyRule",
     "Decay",
+    "DistilledExitObjective",
     "ExitBank",
     "ExitGates",
     "ExitHeads",
@@ -49,6 +52,8 @@ __all__ = [
     "middle_steps",
     "ratio_for_mean",
     "refine_thresholds",
+    "share_thresholds",
     "solve_thresholds",
+    "swept_shares",
     "threshold_front",
 ]

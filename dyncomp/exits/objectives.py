@@ -92,7 +92,7 @@ class MultiExitObjective:
         if self.weights == "uniform":
             scale = jnp.full((exits,), 1.0 / exits, jnp.float32)
         loss = weighted_mean(last + jnp.sum(scale[:, None] * ce[:-1], axis=0), batch["mask"])
-        return loss, {"ce": Mean.of(ce, batch["mask"][None]), **_accuracies(output, batch)}
+        return loss, {"ce": Mean.of(ce, batch["mask"][None]), **accuracies(output, batch)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class JointExitObjective:
         gate, heads = self.gate(output, batch), self.heads(output, batch)
         loss = jnp.where(self.in_gate_phase(step), gate, heads)
         scalars = {"gate_loss": Mean.of(gate), "head_loss": Mean.of(heads)}
-        return loss, {**scalars, **_accuracies(output, batch)}
+        return loss, {**scalars, **accuracies(output, batch)}
 
     def gate(self, output: Mapping[str, Array], batch: Mapping[str, Any]) -> Float[Array, ""]:
         """Gate phase: weighted BCE to the cumulative targets of t*. Heads and backbone get no gradient."""
@@ -210,6 +210,7 @@ class JointExitObjective:
         return best_exit(loss, output["costs"], self.lam)
 
 
-def _accuracies(output: Mapping[str, Array], batch: Mapping[str, Any]) -> dict[str, Mean]:
+def accuracies(output: Mapping[str, Array], batch: Mapping[str, Any]) -> dict[str, Mean]:
+    """``accuracy_exit_i`` of every exit, over real examples."""
     right = jnp.argmax(output["logits"], axis=-1) == batch["targets"][None]
     return {f"accuracy_exit_{i}": Mean.of(row, batch["mask"]) for i, row in enumerate(right)}

@@ -1,7 +1,9 @@
 """Backbones with seams."""
 
 from dyncomp.models.apart import apart, with_mixer, with_mixers
+from dyncomp.models.batch_norm import BatchNorm
 from dyncomp.models.block import Block
+from dyncomp.models.bottlenecks import ConvLevel
 from dyncomp.models.continuous import ContinuousClassifier, ConvStem, DenseStem
 from dyncomp.models.conv_net import ConvNet
 from dyncomp.models.cross_block import CrossBlock
@@ -10,6 +12,7 @@ from dyncomp.models.denoising import ExitingDenoiser
 from dyncomp.models.encoder_decoder import EncoderDecoder
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
+from dyncomp.models.exiting_convnet import ExitingConvNet
 from dyncomp.models.factored import FactoredLM
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.head_patterns import (
@@ -32,13 +35,16 @@ from dyncomp.models.single_blocks import block_outputs, block_places, join_block
 from dyncomp.models.skipping import SkippingLM
 from dyncomp.models.spiking import SpikingClassifier
 from dyncomp.models.stopping import StoppingLM
+from dyncomp.models.two_branch import TwoBranchClassifier
 from dyncomp.models.uvit import UViT
 from dyncomp.models.vit import VisionTransformer
 
 __all__ = [
+    "BatchNorm",
     "Block",
     "ContinuousClassifier",
     "ConvBlock",
+    "ConvLevel",
     "ConvNet",
     "ConvStem",
     "CrossBlock",
@@ -46,6 +52,7 @@ __all__ = [
     "DenseStem",
     "EncoderDecoder",
     "ExitingClassifier",
+    "ExitingConvNet",
     "ExitingDenoiser",
     "FactoredLM",
     "GatedCross",
@@ -67,6 +74,7 @@ __all__ = [
     "SkippingLM",
     "SpikingClassifier",
     "StoppingLM",
+    "TwoBranchClassifier",
     "UViT",
     "VisionTransformer",
     "WordTokens",

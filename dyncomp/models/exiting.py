@@ -122,7 +122,7 @@ class ExitingClassifier(nn.Module):
             "pos_weight": controls["pos_weight"],
         }
         plans = {"exit": plan} if "plan" in capture else {}
-        return output, Aux(inner.losses, self._events(plan.exit, mask), plans)
+        return output, Aux(inner.losses, segments_reached(plan.exit, self.depth, mask), plans)
 
     def spoken(self, logits: Float[Array, "x b c"], exits: Int[Array, "b"]) -> Int[Array, "b"]:
         """Whose logits each example is answered with: the exit where it leaves, see ``fallback``."""
@@ -130,16 +130,6 @@ class ExitingClassifier(nn.Module):
             return exits
         surest = jnp.argmax(confidence(logits, "max_p"), axis=0).astype(exits.dtype)
         return jnp.where(exits == self.depth - 1, surest, exits)
-
-    def _events(self, exit_index: Array, mask: Array | None) -> dict[str, Any]:
-        """Which segments each example needs: those up to its exit."""
-        real = jnp.ones(exit_index.shape, bool) if mask is None else mask.astype(bool)
-
-        def reached(index: int) -> Count:
-            needed = (exit_index >= index) & real
-            return Count(needed.astype(jnp.int32), jnp.ones(exit_index.shape, jnp.int32))
-
-        return {f"segment_{index}": reached(index) for index in range(self.depth)}
 
     def begin(self, images: Float[Array | np.ndarray, "b h w c"]) -> dict[str, Any]:
         """What is carried from segment to segment: ``x``, the rule's ``state``, perhaps the surest answer so far.
@@ -214,8 +204,26 @@ class ExitingClassifier(nn.Module):
 
     def cumulative_costs(self, inputs_shape: tuple[int, ...]) -> list[float]:
         """c_l: FLOPs up to and including exit l, its head and gate counted, over those of the whole; the last is 1."""
-        flops = [price.flops for price in self.cost(inputs_shape).values()]
-        return [sum(flops[: index + 1]) / sum(flops) for index in range(len(flops))]
+        return cumulative_costs(self.cost(inputs_shape))
+
+
+def segments_reached(
+    exit_index: Int[Array, "b"], depth: int, mask: Array | None
+) -> dict[str, Count]:
+    """Events of segments in masked execution: needed up to each example's exit, executed for all."""
+    real = jnp.ones(exit_index.shape, bool) if mask is None else mask.astype(bool)
+
+    def reached(index: int) -> Count:
+        needed = (exit_index >= index) & real
+        return Count(needed.astype(jnp.int32), jnp.ones(exit_index.shape, jnp.int32))
+
+    return {f"segment_{index}": reached(index) for index in range(depth)}
+
+
+def cumulative_costs(prices: Mapping[str, Cost]) -> list[float]:
+    """FLOPs up to and including each segment, in order, over those of all; the last is 1."""
+    flops = [price.flops for price in prices.values()]
+    return [sum(flops[: index + 1]) / sum(flops) for index in range(len(flops))]
 
 
 def block_prices(

@@ -77,11 +77,12 @@ class Segmented:
 
 
 def from_model(model: Any, variables: Variables, inputs_shape: tuple[int, ...]) -> Segmented:
-    """Segments of an `ExitingClassifier`, one a block, each with weights of its own.
+    """Segments of a model with exits (`ExitingClassifier`, `StagedClassifier`), each with weights of its own.
 
     Args:
       model: a module with ``begin``, ``segment``, ``depth``, ``cost``, ``layers="unroll"`` and
-        ``weights_of(params, index)``, the parameters that segment ``index`` (None: ``begin``) uses.
+        ``weights_of(params, index)``, the parameters that segment ``index`` (None: ``begin``) uses. One whose segments
+        read controls besides the threshold (running statistics) has ``controls_of(controls, index)`` too.
       variables: stacked or not, boxed or not.
       inputs_shape: [b h w c] (b is not looked at), for the costs.
     """
@@ -91,18 +92,23 @@ def from_model(model: Any, variables: Variables, inputs_shape: tuple[int, ...]) 
 
     if model.layers != "unroll":
         raise DyncompError("segments need separate weights; set the backbone's layers='unroll'")
-    params = layout.unstack(nn.meta.unbox(variables)["params"])
+    whole = layout.unstack(nn.meta.unbox(variables))
+    read = getattr(model, "controls_of", lambda controls, index: {})
     prices = list(model.cost(inputs_shape).values())
 
     def begin(weights: Any, inputs: Any) -> Carry:
-        return model.apply({"params": weights}, inputs, method="begin")
+        return model.apply(weights, inputs, method="begin")
 
     def make(index: int) -> Callable:
         def run(weights: Any, carry: Carry, threshold: Any):
-            return model.apply({"params": weights}, index, carry, threshold, method="segment")
+            return model.apply(weights, index, carry, threshold, method="segment")
 
         return run
 
-    parts = [Segment(make(i), model.weights_of(params, i), prices[i]) for i in range(model.depth)]
+    def held(index: int | None) -> dict[str, Any]:
+        params = model.weights_of(whole["params"], index)
+        return {"params": params, "controls": read(whole["controls"], index)}
+
+    parts = [Segment(make(i), held(i), prices[i]) for i in range(model.depth)]
     thresholds = list(jax.device_get(variables["controls"]["thresholds"]))
-    return Segmented(begin, model.weights_of(params, None), parts, thresholds)
+    return Segmented(begin, held(None), parts, thresholds)

@@ -281,12 +281,13 @@ def test_controls():
     assert "region_pairs" not in model.apply(variables, x)[1].events
 
 
-def test_both_forms_of_the_depthwise_convolution():
-    rng = np.random.default_rng(5)
+@pytest.mark.parametrize("size", [3, 7])  # the CPU's forms: shifted copies, matrices of places
+def test_all_forms_of_the_depthwise_convolution(size):
+    rng, pad = np.random.default_rng(5), (size // 2, size // 2)
     x = jnp.asarray(rng.normal(size=(2, 4, 7, 3)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(3, 3, 3)), jnp.float32)
-    wide, expected = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), np.zeros((2, 4, 7, 3))
-    for r, c, i, j in np.ndindex(4, 7, 3, 3):
+    kernel = jnp.asarray(rng.normal(size=(size, size, 3)), jnp.float32)
+    wide, expected = np.pad(x, ((0, 0), pad, pad, (0, 0))), np.zeros((2, 4, 7, 3))
+    for r, c, i, j in np.ndindex(4, 7, size, size):
         expected[:, r, c] += wide[:, r + i, c + j] * np.asarray(kernel)[i, j]
     np.testing.assert_allclose(_convolved(x, kernel), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(depthwise(x, kernel), expected, rtol=1e-5, atol=1e-5)
