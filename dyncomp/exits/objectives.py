@@ -137,7 +137,7 @@ class RampedExitObjective:
         ce = cross_entropy(output["logits"], batch["targets"])
         tau = self.weights(step, output["costs"])
         loss = weighted_mean(ce[-1] + jnp.sum(tau[:, None] * ce[:-1], axis=0), batch["mask"])
-        return loss, {"ce": Mean.of(ce, batch["mask"][None]), **_accuracies(output, batch)}
+        return loss, {"ce": Mean.of(ce, batch["mask"][None]), **accuracies(output, batch)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
