@@ -5,6 +5,7 @@ from dyncomp.exits.budgets import deepest_exit, solve_thresholds
 from dyncomp.exits.controllers import HeadWarmUp, PositiveWeights
 from dyncomp.exits.gates import ExitGates, gate_features
 from dyncomp.exits.heads import ExitHeads
+from dyncomp.exits.map_exits import MapExits
 from dyncomp.exits.objectives import JointExitObjective, MultiExitObjective
 from dyncomp.exits.rules import ConfidenceRule, GateRule, PatienceRule, decide
 
@@ -16,6 +17,7 @@ __all__ = [
     "GateRule",
     "HeadWarmUp",
     "JointExitObjective",
+    "MapExits",
     "MultiExitObjective",
     "PatienceRule",
     "PositiveWeights",

@@ -2,6 +2,7 @@
 
 from dyncomp.models.apart import apart, with_mixer, with_mixers
 from dyncomp.models.block import Block
+from dyncomp.models.conv_net import ConvNet
 from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
@@ -33,6 +34,7 @@ from dyncomp.models.vit import VisionTransformer
 __all__ = [
     "Block",
     "ConvBlock",
+    "ConvNet",
     "DecoderLM",
     "ExitingClassifier",
     "FactoredLM",

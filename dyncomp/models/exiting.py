@@ -1,6 +1,6 @@
 """A backbone that may end early: exits between its blocks and a rule that picks one for each example."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +10,11 @@ from dyncomp.core.aux import Aux, Count
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
-from dyncomp.core.typing import Array, Factory, Float, check_factory
+from dyncomp.core.typing import Array, Factory, Float, Int, check_factory
 from dyncomp.exits.bank import ExitBank
-from dyncomp.exits.rules import ExitRule, GateRule, decide
+from dyncomp.exits.rules import ExitRule, GateRule, confidence, decide
 
+Fallback = Literal["last", "most_confident"]
 PER_TOKEN = ("projections", "tokens", "rows")
 """Events of a dense block that happen once a position."""
 
@@ -21,24 +22,36 @@ PER_TOKEN = ("projections", "tokens", "rows")
 class ExitingClassifier(nn.Module):
     """Classifier with an exit after every block but the last (the sandwich of JEI-DNN, arXiv 2310.09163).
 
-    An exit head reads LN_final(h_l), pooled: the backbone's own final norm, shared. Parameters: ``net``, ``bank``.
-    Controls: ``thresholds`` [y] of the rule, ``pos_weight`` [y] of the gates' loss.
+    An exit of a transformer reads LN_final(h_l), pooled: the backbone's own final norm, shared. One of a `ConvNet`
+    reads the block's map (`MapExits`). Parameters: ``net``, ``bank``. Controls: ``thresholds`` [y] of the rule,
+    ``pos_weight`` [y] of the gates' loss.
 
     Attributes:
       backbone: factory of a network with ``features``, ``embed``, ``run_block``, ``pooled``, ``classify``, ``head``,
-        ``depth``, ``d_model`` and ``cost`` (`VisionTransformer`). Its blocks must be dense: equal cost for all.
-      exits: factory of the bank, called with ``exits``, ``classes`` and ``dtypes``.
+        ``depth``, ``classes``, ``layers`` and ``cost``, and either ``groups``, ``length`` and ``d_model``
+        (`VisionTransformer`; blocks must be dense: equal cost for all) or, where blocks differ in width,
+        ``block_prices``, ``exit_shapes`` and ``weights_of`` (`ConvNet`).
+      exits: factory of the bank, called with ``exits``, ``classes`` and ``dtypes``; its ``cost`` takes the shape that
+        an exit reads.
       rule: decides where each example leaves.
+      fallback: what is emitted where no exit fires: the final classifier's logits, or those of the exit with the
+        largest probability, the final classifier included (the released code of Shallow-Deep Networks). Every block
+        has run either way.
     """
 
     backbone: Factory
     exits: Factory = ExitBank
     rule: ExitRule = GateRule()
+    fallback: Fallback = "last"
     dtypes: DTypes = DTypes()
 
     def __post_init__(self):
         check_factory(self.backbone, "ExitingClassifier.backbone")
         check_factory(self.exits, "ExitingClassifier.exits")
+        if self.fallback not in ("last", "most_confident"):
+            raise DyncompError(
+                f"ExitingClassifier.fallback={self.fallback!r}: use 'last' or 'most_confident'"
+            )
         super().__post_init__()
 
     def setup(self):  # noqa: D102
@@ -49,7 +62,7 @@ class ExitingClassifier(nn.Module):
             )
         self.bank = self._bank()
 
-    def _bank(self, **kwargs: Any) -> ExitBank:
+    def _bank(self, **kwargs: Any) -> Any:
         net = self._template
         return self.exits(exits=net.depth - 1, classes=net.classes, dtypes=self.dtypes, **kwargs)
 
@@ -97,7 +110,7 @@ class ExitingClassifier(nn.Module):
         logits = jnp.concatenate([early, self.net.head(features[-1])[None]])
         controls = self._controls()
         plan = decide(self.rule, early, gates, controls["thresholds"])
-        emitted = jnp.take_along_axis(logits, plan.exit[None, :, None], axis=0)[0]
+        emitted = jnp.take_along_axis(logits, self.spoken(logits, plan.exit)[None, :, None], 0)[0]
         output = {
             "logits": logits,
             "gates": gates,
@@ -110,6 +123,13 @@ class ExitingClassifier(nn.Module):
         plans = {"exit": plan} if "plan" in capture else {}
         return output, Aux(inner.losses, self._events(plan.exit, mask), plans)
 
+    def spoken(self, logits: Float[Array, "x b c"], exits: Int[Array, "b"]) -> Int[Array, "b"]:
+        """Whose logits each example is answered with: the exit where it leaves, see ``fallback``."""
+        if self.fallback == "last":
+            return exits
+        surest = jnp.argmax(confidence(logits, "max_p"), axis=0).astype(exits.dtype)
+        return jnp.where(exits == self.depth - 1, surest, exits)
+
     def _events(self, exit_index: Array, mask: Array | None) -> dict[str, Any]:
         """Which segments each example needs: those up to its exit."""
         real = jnp.ones(exit_index.shape, bool) if mask is None else mask.astype(bool)
@@ -121,8 +141,22 @@ class ExitingClassifier(nn.Module):
         return {f"segment_{index}": reached(index) for index in range(self.depth)}
 
     def begin(self, images: Float[Array | np.ndarray, "b h w c"]) -> dict[str, Any]:
-        """What is carried from segment to segment: tokens ``x`` and the rule's ``state``."""
-        return {"x": self.net.embed(images), "state": self.rule.start(images.shape[0])}
+        """What is carried from segment to segment: ``x``, the rule's ``state``, perhaps the surest answer so far.
+
+        Where blocks differ in shape, segment i reads ``x_i`` and fills in the next one.
+        """
+        b, x = images.shape[0], self.net.embed(images)
+        carry = {self._slot(0): x, "state": self.rule.start(b)}
+        if hasattr(self.net, "exit_shapes"):
+            for index, shape in enumerate(self.net.exit_shapes(images.shape)[:-1], 1):
+                carry[self._slot(index)] = jnp.zeros((b, *shape), x.dtype)
+        if self.fallback == "most_confident":
+            carry["surest"] = (jnp.full((b,), -1.0), jnp.zeros((b, self.net.classes)))
+        return carry
+
+    def _slot(self, index: int) -> str:
+        """The carry's entry that segment ``index`` reads."""
+        return f"x_{index}" if hasattr(self.net, "exit_shapes") else "x"
 
     def segment(
         self, index: int, carry: dict[str, Any], threshold: Float[Array, ""]
@@ -132,30 +166,47 @@ class ExitingClassifier(nn.Module):
         Returns:
           (carry, logits [b c], leave [b] bool, score [b]); all leave after the last block.
         """
-        x, _ = self.net.run_block(index, carry["x"])
+        x, _ = self.net.run_block(index, carry[self._slot(index)])
         if index == self.depth - 1:
             logits = self.net.classify(x)
             b = logits.shape[0]
-            return carry, logits, jnp.ones((b,), bool), jnp.full((b,), jnp.nan, jnp.float32)
+            said = self._surest(carry, logits)["surest"][1] if "surest" in carry else logits
+            return carry, said, jnp.ones((b,), bool), jnp.full((b,), jnp.nan, jnp.float32)
         logits, gate = self.bank(self.net.pooled(x), index)
         state, leave, score = self.rule.step(carry["state"], logits, gate, threshold)
-        return {"x": x, "state": state}, logits, leave, score
+        after = self._surest(carry, logits) if "surest" in carry else {}
+        carry = {**carry, self._slot(index + 1): x, "state": state, **after}
+        return carry, logits, leave, score
 
-    @staticmethod
-    def weights_of(params: Any, index: int | None) -> Any:
+    def _surest(self, carry: dict[str, Any], logits: Float[Array, "b c"]) -> dict[str, Any]:
+        """The surest answer so far; of equals the earlier."""
+        best, kept = carry["surest"]
+        sure = confidence(logits, "max_p")
+        kept = jnp.where((sure > best)[:, None], logits, kept)
+        return {"surest": (jnp.maximum(sure, best), kept)}
+
+    def weights_of(self, params: Any, index: int | None) -> Any:
         """The parameters, unstacked, that segment ``index`` uses; None: those of ``begin``."""
-        net = params["net"]
-        kept = {"patches": net["patches"]} if index is None else only_block(net, index)
-        return {**params, "net": kept}
+        net, bank = params["net"], params["bank"]
+        if own := getattr(self._template, "weights_of", None):
+            kept = own(net, index)
+        else:
+            kept = {"patches": net["patches"]} if index is None else only_block(net, index)
+        if own := getattr(self._bank(parent=None), "weights_of", None):
+            bank = own(bank, index)
+        return {**params, "net": kept, "bank": bank}
 
     def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Cost]:
         """Price of each segment for one example: ``segment_i`` is block i with its exit (the first also embeds)."""
         net = self._template
-        table = net.cost(inputs_shape)
-        blocks = block_prices(table, net, net.length(inputs_shape))
-        bank = self._bank(parent=None).cost(net.d_model)
-        each_exit = sum(bank.values(), Cost(0))
-        prices = [block + each_exit for block in blocks[:-1]]
+        table, bank = net.cost(inputs_shape), self._bank(parent=None)
+        if hasattr(net, "block_prices"):
+            blocks, seen = net.block_prices(inputs_shape), net.exit_shapes(inputs_shape)
+        else:
+            blocks = block_prices(table, net, net.length(inputs_shape))
+            seen = [(net.d_model,)] * net.depth
+        each_exit = [sum(bank.cost(*shape).values(), Cost(0)) for shape in seen[:-1]]
+        prices = [block + leave for block, leave in zip(blocks[:-1], each_exit, strict=True)]
         prices.append(blocks[-1] + table["head"]["images"])
         prices[0] = prices[0] + table["embed"]["images"]
         return {f"segment_{index}": price for index, price in enumerate(prices)}
