@@ -7,6 +7,7 @@ from dyncomp.models.decoder_lm import DecoderLM
 from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.factored import FactoredLM
+from dyncomp.models.gated import GatedLevel, SkippingClassifier
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.head_patterns import (
     HeadPatterns,
@@ -38,6 +39,7 @@ __all__ = [
     "DecoderLM",
     "ExitingClassifier",
     "FactoredLM",
+    "GatedLevel",
     "Group",
     "GroupStack",
     "HalvingConv",
@@ -46,6 +48,7 @@ __all__ = [
     "NestedLM",
     "Norm",
     "Pyramid",
+    "SkippingClassifier",
     "SkippingLM",
     "StoppingLM",
     "VisionTransformer",

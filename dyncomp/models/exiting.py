@@ -217,8 +217,12 @@ class ExitingClassifier(nn.Module):
         return [sum(flops[: index + 1]) / sum(flops) for index in range(len(flops))]
 
 
-def block_prices(table: dict[str, Any], net: Any, length: int) -> list[Cost]:
+def block_prices(
+    table: dict[str, Any], net: Any, length: int, pairs: int | None = None
+) -> list[Cost]:
     """Price of every block on one example of ``length`` positions, in the order of execution.
+
+    ``pairs`` of positions attend to each other: all, or what is told.
 
     Raises:
       DyncompError: a block has an event whose count depends on the input.
@@ -226,7 +230,7 @@ def block_prices(table: dict[str, Any], net: Any, length: int) -> list[Cost]:
     from dyncomp.attention.attention import PAIR_BLOCK
     from dyncomp.core.aux import flatten
 
-    pairs = length * length
+    pairs = length * length if pairs is None else pairs
     counts = {"pair_blocks": pairs // PAIR_BLOCK, "pairs": pairs % PAIR_BLOCK}
     counts |= dict.fromkeys(PER_TOKEN, length)
     prices = []

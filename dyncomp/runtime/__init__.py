@@ -1,16 +1,21 @@
 """Fast execution of networks that decide: segments, buckets, executors."""
 
+from dyncomp.runtime.agreement import Agreement, agreement
+from dyncomp.runtime.evaluate import executed_split
 from dyncomp.runtime.executed import Executed
 from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.host import HostExecutor
+from dyncomp.runtime.language import greedy
 from dyncomp.runtime.per_example import per_example
+from dyncomp.runtime.resolve import resolve
 from dyncomp.runtime.saved import load_segments, save_segments
-from dyncomp.runtime.segments import END, Segment, Segmented, from_model
+from dyncomp.runtime.segments import END, Segment, Segmented, from_model, whole
 from dyncomp.runtime.stream import Finished, StreamExecutor
 from dyncomp.runtime.traced import CompactExecutor, LaxExecutor, MaskedExecutor, Traced
 
 __all__ = [
     "END",
+    "Agreement",
     "CompactExecutor",
     "Executed",
     "Finished",
@@ -22,8 +27,13 @@ __all__ = [
     "Segmented",
     "StreamExecutor",
     "Traced",
+    "agreement",
+    "executed_split",
     "from_model",
+    "greedy",
     "load_segments",
     "per_example",
+    "resolve",
     "save_segments",
+    "whole",
 ]
