@@ -25,7 +25,7 @@ def ran():
     def get(name):
         if name not in found:
             net, inputs = NETWORKS[name]()
-            found[name] = net, inputs, agreement(net, inputs, buckets=(2,))
+            found[name] = net, inputs, agreement(net, inputs)
         return found[name]
 
     return get
