@@ -17,15 +17,31 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("workdir", help="work directory of a run")
     parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument(
+        "--executed",
+        action="store_true",
+        help="of a network with exits or skipped blocks: also run it segment by segment, as it is served, and time it",
+    )
     json_flag(parser)
 
 
 def _main(args: argparse.Namespace) -> None:
     from dyncomp import config
-    from dyncomp.training.evaluate import evaluate_workdir
+    from dyncomp.training.evaluate import Evaluator
+    from dyncomp.training.restore import load
 
-    result = evaluate_workdir(Path(args.workdir), loader=config.load, split=args.split)
+    workdir = Path(args.workdir)
+    loaded = load(workdir, loader=config.load)
+    result = Evaluator(loaded.run)(loaded.variables, args.split)
+    if args.executed:
+        from dyncomp.runtime import executed_split
+
+        result["executed"] = executed_split(loaded.run, loaded.variables, args.split)
     if args.json:
         print_json(result)
-    else:
-        results(f"{args.workdir} on {args.split}", {Path(args.workdir).resolve().name: result})
+        return
+    results(f"{args.workdir} on {args.split}", {workdir.resolve().name: result})
+    if args.executed:
+        from dyncomp.cli.executed import said
+
+        print(said(loaded.run.task.headline, result["executed"]))

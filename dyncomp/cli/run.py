@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dyncomp.cli.executed import executed, said
 from dyncomp.cli.output import command, json_flag, print_json, results, workdir_flag
 from dyncomp.core.errors import DyncompError
 
@@ -82,11 +83,24 @@ def _main(args: argparse.Namespace) -> None:
         profile=args.profile,
     )
     report = _report(workdir, summary)
+    members = _members(run, summary)
+    served = executed(members, workdir, quick=args.quick)
     if args.json:
-        print_json({"workdir": str(workdir), "report": str(report), "summary": summary})
+        told = {"workdir": str(workdir), "report": str(report), "summary": summary}
+        print_json({**told, "executed": served})
         return
     results(f"Results in {workdir}", summary.get("suite", {workdir.name: summary}))
+    for name, record in served.items():
+        line = said(members[name].task.headline, record)
+        print(f"{name}: {line}" if name else line)
     print(f"report: {report.resolve()}")
+
+
+def _members(run: Any, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Folder below the work directory ("" for itself) -> the run that trained there."""
+    if "suite" in summary:
+        return {name: run.runs[name] for name in summary["suite"]}
+    return {"": run.selected() if hasattr(run, "selected") else run}
 
 
 def _train(run: Any, workdir: Path, **options: Any) -> dict[str, Any]:

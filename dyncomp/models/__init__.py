@@ -14,6 +14,7 @@ from dyncomp.models.ensemble import ensemble_nll, self_ensemble
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.models.exiting_convnet import ExitingConvNet
 from dyncomp.models.factored import FactoredLM
+from dyncomp.models.gated import GatedLevel, SkippingClassifier
 from dyncomp.models.group import Group, GroupStack
 from dyncomp.models.head_patterns import (
     HeadPatterns,
@@ -56,6 +57,7 @@ __all__ = [
     "ExitingDenoiser",
     "FactoredLM",
     "GatedCross",
+    "GatedLevel",
     "Group",
     "GroupStack",
     "HalvingConv",
@@ -71,6 +73,7 @@ __all__ = [
     "Resampler",
     "SaturatingVLM",
     "SeeingBlock",
+    "SkippingClassifier",
     "SkippingLM",
     "SpikingClassifier",
     "StoppingLM",

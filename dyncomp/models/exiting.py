@@ -227,11 +227,16 @@ def cumulative_costs(prices: Mapping[str, Cost]) -> list[float]:
 
 
 def block_prices(
-    table: dict[str, Any], net: Any, length: int, other: Mapping[str, int] | None = None
+    table: dict[str, Any],
+    net: Any,
+    length: int,
+    other: Mapping[str, int] | None = None,
+    pairs: int | None = None,
 ) -> list[Cost]:
     """Price of every block on one example of ``length`` positions, in the order of execution.
 
     ``other``: how often further events happen in a block of one example, by the last part of their path.
+    ``pairs`` of positions attend to each other: all, or what is told.
 
     Raises:
       DyncompError: a block has an event whose count depends on the input.
@@ -239,7 +244,7 @@ def block_prices(
     from dyncomp.attention.attention import PAIR_BLOCK
     from dyncomp.core.aux import flatten
 
-    pairs = length * length
+    pairs = length * length if pairs is None else pairs
     counts = {"pair_blocks": pairs // PAIR_BLOCK, "pairs": pairs % PAIR_BLOCK}
     counts |= dict.fromkeys(PER_TOKEN, length) | dict(other or {})
     prices = []

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.runtime.check import check_shapes
 from dyncomp.runtime.graph import Graph
-from dyncomp.runtime.segments import Carry, Segmented
+from dyncomp.runtime.liveness import everything_moves, find_liveness
+from dyncomp.runtime.segments import Segmented
 from dyncomp.runtime.traced import net_thresholds
 
 Leaves = list[Any]
@@ -30,6 +32,7 @@ class Flat:
       functions: of each segment, by row count, ``(weights, buffer, rows, threshold[, inputs]) -> (buffer, output,
         route, score)``. Rows past the buffer are padding; as many rows as slots stand each at its own. Only the first
         takes inputs; one after which all leave gives an empty buffer.
+      moved: of each segment, bytes of one row that it reads from the buffer and writes back.
     """
 
     graph: Graph
@@ -39,6 +42,7 @@ class Flat:
     carry: list[jax.ShapeDtypeStruct]
     weights: list[Leaves]
     functions: list[Callable[[int], Callable[..., tuple]]]
+    moved: list[tuple[int, int]]
 
     def arguments(self, index: int, bucket: int, capacity: int) -> tuple[Any, ...]:
         """Shapes and dtypes of a function's arguments."""
@@ -57,56 +61,80 @@ class Flat:
         return jax.jit(self.functions[index](bucket), donate_argnums=donated)
 
 
-def flatten(net: Segmented, example: Any) -> Flat:
-    """A network's segments; of ``example`` only shape and dtype of a row are read."""
+def flatten(net: Segmented, example: Any, liveness: bool = True) -> Flat:
+    """A network's segments; of ``example`` only shape and dtype of a row are read.
+
+    Args:
+      net: the network.
+      example: inputs.
+      liveness: False gathers and writes every leaf around every segment, whoever wants it (to see what it costs).
+
+    Raises:
+      DyncompError: segments that do not fit each other, or weights that are being differentiated or traced.
+    """
     graph = Graph.of(net)
     row = jax.ShapeDtypeStruct(example.shape[1:], example.dtype)
     one = jax.ShapeDtypeStruct((1, *row.shape), row.dtype)
+    refuse_tracers((net.begin_weights, [segment.weights for segment in net.segments]))
     check_shapes(net, graph, one)
     carry = jax.eval_shape(net.begin, net.begin_weights, one)
     leaves, tree = jax.tree.flatten(carry)
+    found = find_liveness(net, graph, carry) if liveness else everything_moves(graph, len(leaves))
     weights: list[Leaves] = []
     functions: list[Callable[[int], Callable[..., tuple]]] = []
     for index, segment in enumerate(net.segments):
         own = (net.begin_weights, segment.weights) if index == 0 else segment.weights
         flat, structure = jax.tree.flatten(own)
         weights.append([jnp.asarray(leaf) for leaf in flat])
-        functions.append(_always(_function(net, graph, index, structure, tree)))
+        moves = _Moves(tree, found.written[index], forced=not liveness)
+        functions.append(_always(_function(net, graph, index, structure, moves)))
     slots = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
     prices = tuple(segment.cost for segment in net.segments)
-    return Flat(graph, prices, net_thresholds(net), row, slots, weights, functions)
+    moved = found.moved(slots)
+    return Flat(graph, prices, net_thresholds(net), row, slots, weights, functions, moved)
 
 
-def _always(function: Callable[..., tuple]) -> Callable[[int], Callable[..., tuple]]:
-    """The same for every row count."""
-    return lambda bucket: function
+def refuse_tracers(tree: Any) -> None:
+    """Executors that the host drives have no gradients, and are no part of a traced program.
+
+    Raises:
+      DyncompError: a leaf is being differentiated or traced.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise DyncompError(
+            "the host drives this executor, so it can't be differentiated, compiled or vmapped: use Traced(net)"
+        )
 
 
-def _function(
-    net: Segmented, graph: Graph, index: int, structure: Any, tree: Any
-) -> Callable[..., tuple]:
-    """Gathers, runs and writes back what the segment changed."""
-    run = net.segments[index].run
+@dataclasses.dataclass(frozen=True)
+class _Moves:
+    """How one segment fetches its carry and puts it back.
 
-    def fn(weights: Leaves, buffer: Leaves, rows: Any, threshold: Any, inputs: Any = None) -> tuple:
-        own = structure.unflatten(weights)
-        whole = all(leaf.shape[0] == rows.shape[0] for leaf in buffer)
-        if index == 0:
-            first, own = own
-            carry = net.begin(first, inputs)
-            same = [False] * len(buffer)
-        else:
-            take = lambda leaf: leaf if whole else leaf.at[rows].get(mode="clip")
-            carry = tree.unflatten([take(leaf) for leaf in buffer])
-            same = _untouched(run, own, carry, threshold)
-        carry, *result = run(own, carry, threshold)
-        if graph.ends(index):
-            return [], *result
-        put = _kept if whole else _scattered
-        both = zip(buffer, jax.tree.leaves(carry), same, strict=True)
-        return [old if kept else put(old, rows, new) for old, new, kept in both], *result
+    Attributes:
+      tree: the carry's structure.
+      written: leaves that are put back.
+      forced: fetch all leaves, wanted or not; else the compiler leaves out what the segment does not read.
+    """
 
-    return fn
+    tree: Any
+    written: frozenset[int]
+    forced: bool
+
+    def gather(self, buffer: Leaves, rows: Any) -> Any:
+        """The carry of some slots, or of all as they stand."""
+        take = lambda leaf: leaf if _whole(leaf, rows) else leaf.at[rows].get(mode="clip")
+        leaves = [take(leaf) for leaf in buffer]
+        return self.tree.unflatten(jax.lax.optimization_barrier(leaves) if self.forced else leaves)
+
+    def write(self, buffer: Leaves, rows: Any, carry: Any) -> Leaves:
+        """The buffer with it."""
+        put = lambda leaf, new: (_kept if _whole(leaf, rows) else _scattered)(leaf, rows, new)
+        both = enumerate(zip(buffer, jax.tree.leaves(carry), strict=True))
+        return [put(old, new) if n in self.written else old for n, (old, new) in both]
+
+
+def _whole(leaf: Any, rows: Any) -> bool:
+    return leaf.shape[0] == rows.shape[0]
 
 
 def _scattered(leaf: Any, rows: Any, new: Any) -> Any:
@@ -120,8 +148,27 @@ def _kept(leaf: Any, rows: Any, new: Any) -> Any:
     return jnp.where(real, new.astype(leaf.dtype), leaf)
 
 
-def _untouched(run: Callable[..., Any], weights: Any, carry: Carry, threshold: Any) -> list[bool]:
-    """Of each leaf of the carry, whether a segment hands it on as it got it."""
-    only = lambda carry, weights, threshold: run(weights, carry, threshold)[0]
-    jaxpr = jax.make_jaxpr(only)(carry, weights, threshold).jaxpr
-    return [new is old for old, new in zip(jaxpr.invars, jaxpr.outvars, strict=False)]
+def _always(function: Callable[..., tuple]) -> Callable[[int], Callable[..., tuple]]:
+    """The same for every row count."""
+    return lambda bucket: function
+
+
+def _function(
+    net: Segmented, graph: Graph, index: int, structure: Any, moves: _Moves
+) -> Callable[..., tuple]:
+    """Gathers, runs and writes back what the segment changed and others want."""
+    run = net.segments[index].run
+
+    def fn(weights: Leaves, buffer: Leaves, rows: Any, threshold: Any, inputs: Any = None) -> tuple:
+        own = structure.unflatten(weights)
+        if index == 0:
+            first, own = own
+            carry = net.begin(first, inputs)
+        else:
+            carry = moves.gather(buffer, rows)
+        carry, *result = run(own, carry, threshold)
+        if graph.ends(index):
+            return [], *result
+        return moves.write(buffer, rows, carry), *result
+
+    return fn

@@ -9,7 +9,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.runtime.buckets import powers_of_two, split
 from dyncomp.runtime.executed import Executed, executed
-from dyncomp.runtime.flat import Flat, flatten
+from dyncomp.runtime.flat import Flat, flatten, refuse_tracers
 from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.programs import Chunk, Driven, Programs
 from dyncomp.runtime.saved import load_segments
@@ -29,6 +29,7 @@ class HostExecutor(Driven):
       launch: fixed cost of a launch in rows, see `buckets.split`.
       speculate: start the next segment on the same rows before a decision is read. Hides the wait where few leave;
         the rows of those that leave are run in vain.
+      liveness: False moves every value across every boundary, whoever wants it (to see what liveness saves).
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class HostExecutor(Driven):
         buckets: tuple[int, ...] | None = None,
         launch: int = 4,
         speculate: bool = False,
+        liveness: bool = True,
     ):
         sizes = tuple(sorted(buckets or powers_of_two(capacity)))
-        self._set(flatten(net, example), capacity, sizes, launch, speculate)
+        self._set(flatten(net, example, liveness), capacity, sizes, launch, speculate)
 
     def _set(
         self, flat: Flat, capacity: int, sizes: tuple[int, ...], launch: int, speculate: bool
@@ -60,7 +62,12 @@ class HostExecutor(Driven):
         return made
 
     def __call__(self, inputs: Any) -> Executed:
-        """Runs a batch of at most ``capacity`` examples."""
+        """Runs a batch of at most ``capacity`` examples.
+
+        Raises:
+          DyncompError: more examples, or inputs that are being differentiated or traced.
+        """
+        refuse_tracers(inputs)
         inputs = np.asarray(inputs)
         if not 1 <= len(inputs) <= self.capacity:
             raise DyncompError(

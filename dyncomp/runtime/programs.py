@@ -61,6 +61,11 @@ class Driven:
         """Programs built so far."""
         return self._programs.compilations
 
+    @property
+    def moved(self) -> np.ndarray:
+        """int64 [s 2], bytes that each segment reads from the buffer and writes back, for one row."""
+        return np.asarray(self._programs.flat.moved, np.int64)
+
     def warm_up(self: T) -> T:
         """Compiles every segment at every bucket size, ahead of time."""
         self._programs.warm_up()

@@ -19,7 +19,7 @@ from dyncomp.runtime.flat import Flat, flatten
 from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.segments import Segmented
 
-MANIFEST, WEIGHTS, FORMAT = "segments.json", "weights.npz", 1
+MANIFEST, WEIGHTS, FORMAT = "segments.json", "weights.npz", 2
 
 
 def save_segments(
@@ -67,6 +67,7 @@ def save_segments(
         "carry": [_told(leaf) for leaf in flat.carry],
         "weights": lists,
         "dtypes": [str(array.dtype) for array in arrays],
+        "moved": flat.moved,
         "capacity": capacity,
         "buckets": list(buckets),
         "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
@@ -76,7 +77,7 @@ def save_segments(
 
 
 def load_segments(folder: str | Path) -> tuple[Flat, int, tuple[int, ...]]:
-    """(network, capacity, buckets) of a folder that `save_segments` wrote; `HostExecutor.load` runs it.
+    """(network, capacity, buckets) of a folder that `save_segments` wrote, for the executors' ``load``.
 
     Raises:
       DyncompError: something is missing, or is not what was written.
@@ -108,6 +109,7 @@ def load_segments(folder: str | Path) -> tuple[Flat, int, tuple[int, ...]]:
         [_shape(leaf) for leaf in told["carry"]],
         [[arrays[n] for n in own] for own in told["weights"]],
         [functools.partial(_stored, folder, index) for index in range(len(targets))],
+        list(map(tuple, told["moved"])),
     )
     return flat, told["capacity"], tuple(told["buckets"])
 

@@ -77,24 +77,31 @@ class Segmented:
 
 
 def from_model(model: Any, variables: Variables, inputs_shape: tuple[int, ...]) -> Segmented:
-    """Segments of a model with exits (`ExitingClassifier`, `StagedClassifier`), each with weights of its own.
+    """Segments of a model that describes itself so (`ExitingClassifier`, `SkippingClassifier`, `StagedClassifier`).
 
     Args:
-      model: a module with ``begin``, ``segment``, ``depth``, ``cost``, ``layers="unroll"`` and
-        ``weights_of(params, index)``, the parameters that segment ``index`` (None: ``begin``) uses. One whose segments
-        read controls besides the threshold (running statistics) has ``controls_of(controls, index)`` too.
+      model: a module with the methods ``begin(inputs) -> carry`` and ``segment(index, carry, threshold)``, which gives
+        what `Segment.run` does; ``cost(inputs_shape)``, the price of each segment in order; ``weights_of(params,
+        index)``, the parameters that segment ``index`` (None: ``begin``) uses; the control ``thresholds``, one a
+        segment (the last may be left out); and, where it does more than leave, ``targets(index)``, names of what may
+        follow (``segment_i``, `END`). One with ``layers`` wants ``layers="unroll"``. One whose segments read controls
+        besides the threshold (running statistics) has ``controls_of(controls, index)``.
       variables: stacked or not, boxed or not.
       inputs_shape: [b h w c] (b is not looked at), for the costs.
+
+    Raises:
+      DyncompError: the layers are scanned, so that segments would share one array of weights.
     """
     from flax import linen as nn
 
     from dyncomp.models import layout
 
-    if model.layers != "unroll":
+    if getattr(model, "layers", "unroll") != "unroll":
         raise DyncompError("segments need separate weights; set the backbone's layers='unroll'")
-    whole = layout.unstack(nn.meta.unbox(variables))
+    tree = layout.unstack(nn.meta.unbox(variables))
     read = getattr(model, "controls_of", lambda controls, index: {})
     prices = list(model.cost(inputs_shape).values())
+    targets = getattr(model, "targets", lambda index: ())
 
     def begin(weights: Any, inputs: Any) -> Carry:
         return model.apply(weights, inputs, method="begin")
@@ -106,9 +113,39 @@ def from_model(model: Any, variables: Variables, inputs_shape: tuple[int, ...]) 
         return run
 
     def held(index: int | None) -> dict[str, Any]:
-        params = model.weights_of(whole["params"], index)
-        return {"params": params, "controls": read(whole["controls"], index)}
+        params = model.weights_of(tree["params"], index)
+        return {"params": params, "controls": read(tree["controls"], index)}
 
-    parts = [Segment(make(i), held(i), prices[i]) for i in range(model.depth)]
+    parts = [
+        Segment(make(i), held(i), price, f"segment_{i}", tuple(targets(i)))
+        for i, price in enumerate(prices)
+    ]
     thresholds = list(jax.device_get(variables["controls"]["thresholds"]))
     return Segmented(begin, held(None), parts, thresholds)
+
+
+def whole(model: Any, variables: Variables, cost: Cost = FREE) -> Segmented:
+    """A network that decides nothing about whole examples, as one segment: they all leave after it.
+
+    What it decides inside (experts, blocks of keys, tokens) stays there. It must treat examples independently: experts
+    with a capacity that a batch shares do not.
+
+    Args:
+      model: a module that is called with inputs and gives ``(output, aux)``; of one that gives several logits, those
+        that it emits.
+      variables: as the model takes them.
+      cost: price of one example.
+    """
+    import jax.numpy as jnp
+
+    from dyncomp.models import layout
+    from dyncomp.tasks.objectives import answer_of
+
+    def run(weights: Any, carry: Carry, threshold: Any) -> Any:
+        output = answer_of(layout.apply(model, weights, carry)[0])
+        b = output.shape[0]
+        return carry, output, jnp.ones((b,), bool), jnp.full((b,), jnp.nan, jnp.float32)
+
+    return Segmented(
+        lambda _, inputs: inputs, None, [Segment(run, variables, cost, "network")], [0.0]
+    )

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from dyncomp.core.errors import DyncompError
 from dyncomp.runtime.buckets import powers_of_two, split
 from dyncomp.runtime.executed import warn_of_nan
-from dyncomp.runtime.flat import flatten
+from dyncomp.runtime.flat import Flat, flatten, refuse_tracers
 from dyncomp.runtime.programs import Chunk, Driven, Programs
+from dyncomp.runtime.saved import load_segments
 from dyncomp.runtime.segments import Segmented
 
 IN_FLIGHT = 2
@@ -81,16 +83,25 @@ class StreamExecutor(Driven):
         max_wait: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        slots = self.slots(len(net.segments), bucket)
+        self._set(flatten(net, example), slots, powers_of_two(bucket), max_wait, clock)
+
+    def _set(
+        self,
+        flat: Flat,
+        slots: int,
+        sizes: tuple[int, ...],
+        max_wait: float | None,
+        clock: Callable[[], float],
+    ) -> None:
         if max_wait is not None and max_wait < 0:
             raise DyncompError(
                 f"max_wait={max_wait}: give seconds, or None to wait for full buckets"
             )
-        self.bucket, self.max_wait, self._clock = bucket, max_wait, clock
-        # Every depth may hold one example less than a bucket, and the first must then still find room.
-        slots = bucket * (len(net.segments) + IN_FLIGHT)
-        self._programs = Programs(flatten(net, example), slots, powers_of_two(bucket))
+        self.bucket, self.max_wait, self._clock = sizes[-1], max_wait, clock
+        self._programs = Programs(flat, slots, sizes)
         self._free = list(range(slots))
-        self._queues = [_Queue() for _ in net.segments]
+        self._queues = [_Queue() for _ in range(flat.graph.end)]
         self._inputs: dict[int, np.ndarray] = {}
         self._begun: dict[int, float] = {}
         self._tickets = np.zeros(slots, np.int64)
@@ -100,6 +111,35 @@ class StreamExecutor(Driven):
         self.executed = np.zeros(self.graph.end, np.int64)
         self.needed = np.zeros(self.graph.end, np.int64)
 
+    @staticmethod
+    def slots(segments: int, bucket: int) -> int:
+        """Slots of the buffer: every depth may hold one example less than a bucket, and the first still finds room."""
+        return bucket * (segments + IN_FLIGHT)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        max_wait: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> "StreamExecutor":
+        """A stream of segments that `save_segments` wrote; needs no model. A full launch is the largest bucket saved.
+
+        Raises:
+          DyncompError: they were saved with a smaller ``capacity`` than `slots`.
+        """
+        flat, capacity, sizes = load_segments(folder)
+        wanted = cls.slots(flat.graph.end, sizes[-1])
+        if capacity < wanted:
+            raise DyncompError(
+                f"{folder}: capacity={capacity} is too small for a stream in buckets of {sizes[-1]}; save the"
+                f" segments with capacity={wanted}"
+            )
+        made = cls.__new__(cls)
+        made._set(flat, capacity, sizes, max_wait, clock)
+        return made
+
     @property
     def pending(self) -> int:
         """Examples that have not left."""
@@ -107,6 +147,7 @@ class StreamExecutor(Driven):
 
     def submit(self, inputs: Any) -> list[int]:
         """Takes examples [n ...] in; returns a ticket for each."""
+        refuse_tracers(inputs)
         inputs, now = np.asarray(inputs), self._clock()
         tickets = list(range(self._next, self._next + len(inputs)))
         self._next += len(inputs)

@@ -78,13 +78,38 @@ class Traced:
 
     def __call__(self, weights: Any, inputs: Any, thresholds: Any) -> Walk:
         """Runs a batch to the end."""
+        if not any(map(self.graph.decides, range(self.graph.end))):
+            return self._straight(weights, inputs, thresholds)
         walk = self._start(weights, inputs)
         sweep = lambda walk: self._sweep(weights, thresholds, walk)
         if self.graph.sweeps == 1:
             return sweep(walk)
         if self.bounded or self.how == "masked":
             return lax.scan(lambda walk, _: (sweep(walk), None), walk, length=self.graph.sweeps)[0]
-        return lax.while_loop(lambda walk: jnp.any(walk.at < self.graph.end), sweep, walk)
+        leaves, tree = jax.tree.flatten(walk)
+        return tree.unflatten(_until_all_left(self, tree, weights, thresholds, leaves))
+
+    def _straight(self, weights: Any, inputs: Any, thresholds: Any) -> Walk:
+        """One segment after the other: nothing is decided, so nothing is picked."""
+        check_shapes(self.net, self.graph, inputs)
+        carry, output, scores = self.net.begin(weights[0], inputs), jnp.zeros(()), []
+        index = last = 0
+        while index < self.graph.end:
+            run, own = self.net.segments[index].run, weights[1][index]
+            carry, output, _, score = run(own, carry, thresholds[index])
+            scores.append(score.astype(jnp.float32))
+            last, index = index, self.graph.targets[index][0]
+        # All segments are on the way: one that nothing reaches is refused.
+        b, s = inputs.shape[0], self.graph.end
+        return Walk(
+            carry=carry,
+            at=jnp.full((b,), s, jnp.int32),
+            output=output,
+            exits=jnp.full((b,), last, jnp.int32),
+            scores=jnp.stack(scores, axis=1),
+            visits=jnp.ones((b, s), jnp.int32),
+            rows=jnp.full((s,), b, jnp.int32),
+        )
 
     def _start(self, weights: Any, inputs: Any) -> Walk:
         carry = self.net.begin(weights[0], inputs)
@@ -157,13 +182,39 @@ class Traced:
         )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _until_all_left(traced: Traced, tree: Any, weights: Any, thresholds: Any, leaves: Any) -> Any:
+    """Sweeps until nobody is left: a `Walk` as its leaves, and weights as arguments so that a derivative is noticed."""
+    going = lambda walk: jnp.any(walk.at < traced.graph.end)
+    sweep = lambda walk: traced._sweep(weights, thresholds, walk)
+    return jax.tree.leaves(lax.while_loop(going, sweep, tree.unflatten(leaves)))
+
+
+@_until_all_left.defjvp
+def _no_derivative(traced: Traced, tree: Any, primals: Any, tangents: Any) -> Any:
+    raise DyncompError(
+        f"Traced(how={traced.how!r}): a loop that runs until all have left has no gradient; set bounded=True"
+    )
+
+
 class _OneProgram:
-    """Runs a `Traced` network on batches of any size; each size compiles once."""
+    """Runs a `Traced` network on batches of any size; each size compiles once.
+
+    Attributes:
+      thresholds: float32 [s], may be written between calls.
+      compilations: programs built so far.
+    """
 
     def __init__(self, traced: Traced):
         self.net, self._traced, self.graph = traced.net, traced, traced.graph
         self.thresholds = net_thresholds(traced.net)
-        self._run = jax.jit(traced)
+        self.compilations = 0
+
+        def counted(*args: Any) -> Walk:  # runs when it is traced: once a program
+            self.compilations += 1
+            return traced(*args)
+
+        self._run = jax.jit(counted)
 
     def __call__(self, inputs: Any) -> Executed:
         """Runs a batch."""
