@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from dyncomp.evidence.drawing import figures_of, save
 
@@ -48,6 +49,9 @@ def oscillators(results: Mapping[str, Any], path: Path) -> None:
             axes.plot(nfe, error, style, ms=4, lw=1.2, label=label)
         axes.set(xscale="log", yscale="log", title=f"mu = {mu}", xlabel="evaluations of f")
         axes.axhspan(1e5, 1e7, color="0.92", zorder=0)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks([500, 1000, 2000, 4000], ["500", "1000", "2000", "4000"])
+        axes.set_xlim(380, 5500)
     grid[0].set(ylabel="error at t = 20 (geometric mean)", ylim=(1e-12, 3e6))
     grid[-1].text(0.97, 0.9, "diverged", transform=grid[-1].transAxes, ha="right", fontsize=8)
     grid[0].legend(fontsize=8, loc="lower left")
