@@ -35,7 +35,7 @@ SHAPE = (1, 28, 28, 1)
 class Lengths:
     """How long to train and on how many images to attack."""
 
-    steps: int = 450
+    steps: int = 1200
     head_steps: int = 200
     images: int = 400
     cw_images: int = 60
