@@ -179,9 +179,10 @@ def test_segments_agree_with_the_whole(variables, whole):
     sure = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).max(-1)
     model = build(fallback="most_confident")
     net = from_model(model, variables, IMAGES.shape)
-    assert [sorted(s.weights["bank"]) for s in net.segments] == [["exit_0"], ["exit_1"], []]
-    assert sorted(net.segments[1].weights["net"]) == ["block_1", "linear"]
-    assert sorted(net.begin_weights["net"]) == ["stem"]
+    own = [segment.weights["params"] for segment in net.segments]
+    assert [sorted(each["bank"]) for each in own] == [["exit_0"], ["exit_1"], []]
+    assert sorted(own[1]["net"]) == ["block_1", "linear"]
+    assert sorted(net.begin_weights["params"]["net"]) == ["stem"]
     # Thresholds between the scores, so that some images leave at each exit.
     middle = lambda scores, k: np.sort(scores)[k : k + 2].mean()
     net.thresholds[:] = [middle(sure[0], 7), middle(sure[1], 6)]
