@@ -34,7 +34,7 @@ def _main(args: argparse.Namespace) -> None:
     loaded = load(workdir, loader=config.load)
     result = Evaluator(loaded.run)(loaded.variables, args.split)
     if args.executed:
-        from dyncomp.runtime import executed_split
+        from dyncomp.runtime.evaluate import executed_split
 
         result["executed"] = executed_split(loaded.run, loaded.variables, args.split)
     if args.json:

@@ -9,15 +9,14 @@ RECORD = "executed.json"
 
 
 def executed(runs: Mapping[str, Any], workdir: Path, *, quick: bool = False) -> dict[str, Any]:
-    """What `runtime.executed_split` finds of each run on the test split; written to ``executed.json`` of its folder.
+    """What `runtime.evaluate.executed_split` finds of each run on the test split; kept in its executed.json.
 
     Args:
       runs: folder below ``workdir`` ("" for itself) -> run; those without segments are left out.
       workdir: of the run or the suite.
       quick: one batch.
     """
-    from dyncomp.runtime import executed_split
-    from dyncomp.runtime.evaluate import separate
+    from dyncomp.runtime.evaluate import executed_split, separate
     from dyncomp.training.restore import load
 
     found = {}

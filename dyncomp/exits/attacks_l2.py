@@ -39,6 +39,16 @@ class Moved:
     distance: Any
 
 
+def _kept(old: Moved, now: Array, hit: Array, images: Array, when: Array, distance: Array) -> Moved:
+    """With other images where ``now``."""
+    return Moved(
+        jnp.where(now[:, None, None, None], images, old.images),
+        hit,
+        jnp.where(now, when, old.when),
+        jnp.where(now, distance, old.distance),
+    )
+
+
 def pixels_of(w: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """(tanh(w) + 1) / 2."""
     return (jnp.tanh(w) + 1.0) / 2.0
@@ -95,12 +105,7 @@ def cw_l2(
         gradient, (x, wrong) = jax.grad(loss, has_aux=True)(w, weight)
         far = lengths(x - images)
         better = wrong & (far < best.distance)
-        kept = Moved(
-            jnp.where(better[:, None, None, None], x, best.images),
-            best.hit | wrong,
-            jnp.where(better, index, best.when),
-            jnp.where(better, far, best.distance),
-        )
+        kept = _kept(best, better, best.hit | wrong, x, index, far)
         update, moments = adam.update(gradient, moments)
         return (optax.apply_updates(w, update), moments, weight, found | wrong, kept), None
 
@@ -179,11 +184,11 @@ def early_attack(
         raise DyncompError(f"start={start!r}: use 'random' or 'image'")
     if not 0 <= least < most:
         raise DyncompError(f"least={least}, most={most}: use 0 <= least < most")
-    adam, scale = optax.adam(rate), 1.0 / jnp.asarray(std, images.dtype)
     images = jnp.asarray(images)
     said = jnp.argmax(logits(images)[-1], axis=-1).astype(jnp.int32)
     draw = lambda key: jax.random.uniform(key, images.shape[1:], images.dtype)
     w = jax.vmap(draw)(keys) if start == "random" else solved_for(images)
+    scale = 1.0 / jnp.asarray(std, images.dtype)
 
     def loss(w: Array) -> tuple[Array, tuple[Array, Array]]:
         x = pixels_of(w)
@@ -192,20 +197,20 @@ def early_attack(
         near = jnp.sum(((x - images) * scale) ** 2, axis=(1, 2, 3))
         return jnp.sum(c * (early - alpha * above) + near), (x, only_early_wrong(found, said))
 
+    return _until_hit(loss, w, images, optax.adam(rate), most, least)
+
+
+def _until_hit(loss: Any, w: Array, images: Array, adam: Any, most: int, least: int) -> Moved:
+    """Descends ``w -> loss, (images, hit)`` until every image was hit at iterate ``least`` or later, or ``most``."""
+
     def going(state: Any) -> Array:
         return (state[0] < most) & ~jnp.all(state[3].hit)
 
     def body(state: Any) -> Any:
         index, w, moments, kept = state
         gradient, (x, right) = jax.grad(loss, has_aux=True)(w)
-        now = ~kept.hit
         hit = kept.hit | (right & (index >= least))
-        kept = Moved(
-            jnp.where(now[:, None, None, None], x, kept.images),
-            hit,
-            jnp.where(now, index, kept.when),
-            jnp.where(now, lengths(x - images), kept.distance),
-        )
+        kept = _kept(kept, ~kept.hit, hit, x, index, lengths(x - images))
         update, moments = adam.update(gradient, moments)
         return index + 1, optax.apply_updates(w, update), moments, kept
 

@@ -2,7 +2,6 @@
 
 from dyncomp.runtime.agreement import Agreement, agreement
 from dyncomp.runtime.encoder_decoder import from_saturating
-from dyncomp.runtime.evaluate import executed_split
 from dyncomp.runtime.executed import Executed
 from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.host import HostExecutor
@@ -39,7 +38,6 @@ __all__ = [
     "StreamExecutor",
     "Traced",
     "agreement",
-    "executed_split",
     "fixed_point_segments",
     "from_continuous",
     "from_model",

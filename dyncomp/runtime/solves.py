@@ -113,6 +113,26 @@ def ode_segments(
     control = control or StepControl()
     tableau, starting = TABLEAUS[solver], 1 if control.first_step else 2
 
+    trip = attempts * tableau.fresh
+    costs = (
+        prices[0] + prices[1] * starting,
+        prices[1] * trip + prices[2] * attempts,
+        prices[3],
+    )
+    trips = -(-max_steps // attempts)
+    parts = _ode_parts(field, before, after, (tableau, control, t1, attempts))
+    return SolveSegments(_looped(weights, parts, costs, tolerance, trips), shape, starting, trip)
+
+
+def _ode_parts(
+    field: Callable[[Any, Any, Any], Any],
+    before: Callable[[Any, Any], Any] | None,
+    after: Callable[[Any, Any], Any] | None,
+    how: tuple[Any, StepControl, float, int],
+) -> tuple[Callable, Callable, Callable, Callable, Callable]:
+    """What the loop of `ode_segments` is made of; ``how``: tableau, control, t1, attempts of a trip."""
+    tableau, control, t1, attempts = how
+
     def begin(weights: Any, inputs: Any) -> adaptive.Progress:
         z = before(weights, inputs) if before else inputs
         return adaptive.blank(z)
@@ -131,16 +151,7 @@ def ode_segments(
         z = after(weights, at.z) if after else at.z
         return z, adaptive.evaluations(at, tableau, control), adaptive.done(at, t1)
 
-    trip = attempts * tableau.fresh
-    costs = (
-        prices[0] + prices[1] * starting,
-        prices[1] * trip + prices[2] * attempts,
-        prices[3],
-    )
-    arrived = lambda at, tolerance: (adaptive.done(at, t1), at.t)
-    trips = -(-max_steps // attempts)
-    parts = begin, first, step, arrived, answer
-    return SolveSegments(_looped(weights, parts, costs, tolerance, trips), shape, starting, trip)
+    return begin, first, step, lambda at, tolerance: (adaptive.done(at, t1), at.t), answer
 
 
 def fixed_point_segments(

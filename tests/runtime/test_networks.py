@@ -8,7 +8,8 @@ import pytest
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
 from dyncomp.models import apply
-from dyncomp.runtime import Graph, agreement, executed_split
+from dyncomp.runtime import Graph, agreement
+from dyncomp.runtime.evaluate import executed_split
 from dyncomp.tasks import Digits
 from dyncomp.training import AdamW, Run
 from dyncomp.training.evaluate import Evaluator
