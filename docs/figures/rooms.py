@@ -10,7 +10,8 @@ FLOORS = (  # highest first: title, colour, rooms, what it hands to the floor ab
     ("around a run", "#dfe7f7", ("config", "bench", "evidence", "report"), "Run, rows, claims, pages"),
     ("a run", "#d9eef2", ("parallel", "training", "runtime"), "TrainState, summaries, checkpoints"),
     ("models, data", "#dcf1e2", ("models", "pretrained", "decoding", "tasks"), "(output, Aux), tokens, batches"),
-    ("families", "#f3f0d3", ("routers", "experts", "attention", "exits", "depth", "recurrent", "diffusion"), "plans, raw losses, event counts"),
+    ("families", "#f3f0d3", ("routers", "experts", "attention", "exits", "depth", "recurrent", "diffusion"),
+     "plans, raw losses, event counts"),
     ("ground floor", "#f8e5d0", ("core",), "plans, dispatches, costs, ledger"),
     ("kernels", "#f6d9d5", ("dyncomp_kernels",), "arrays"),
 )  # fmt: skip

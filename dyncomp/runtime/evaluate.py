@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dyncomp.core.errors import DyncompError
@@ -72,13 +73,13 @@ def executed_split(
         begin = time.perf_counter()
         found = host(batch["inputs"])
         middle = time.perf_counter()
-        output, aux = jax.device_get(masked(variables, batch))
+        output, aux = jax.block_until_ready(masked(variables, batch))
         spent[0].append((middle - begin) / size)
         spent[1].append((time.perf_counter() - middle) / size)
         differ += int((_ways(model, found) != _own_ways(output, aux)).any(axis=1)[real].sum())
         examples += int(real.sum())
         flops += [found.ledger.total(which) for which in ("needed", "executed")]
-        sums = merge(sums, jax.device_get(run.task.metrics(found.outputs, batch)))
+        sums = merge(sums, jax.device_get(run.task.metrics(jnp.asarray(found.outputs), batch)))
     padded = len(spent[0]) * size
     return {
         "executor": "host",

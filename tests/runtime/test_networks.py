@@ -117,7 +117,11 @@ def test_gates_learn_by_either_way_of_training():
 
 def test_a_trained_model_is_judged_as_it_is_served():
     run = Run(
-        model=networks.exits_model(10), task=Digits(), steps=1, optimizer=AdamW(), batch_size=8
+        model=networks.exits_model(10),
+        task=Digits(),
+        steps=1,
+        optimizer=AdamW(learning_rate=1e-3),
+        batch_size=8,
     )
     for model in (run.model, networks.skipping_model().clone(classes=10)):
         run = run.replace(model=model)
