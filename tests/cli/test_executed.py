@@ -28,7 +28,7 @@ def test_a_trained_run_gets_its_record_and_a_line(tmp_path):
     small = {"batch_size": 8, "final_eval_batches": 1, "eval_every": 0, "capture": False}
     run = Run(
         model=ExitingClassifier(net, bank, rule),
-        task=Digits(), steps=1, optimizer=AdamW(), **small,
+        task=Digits(), steps=1, optimizer=AdamW(learning_rate=1e-3), **small,
     )  # fmt: skip
     summary = train(run, tmp_path / "exits", progress=False)
     dense = run.replace(model=net())
