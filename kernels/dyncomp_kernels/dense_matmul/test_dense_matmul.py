@@ -39,7 +39,9 @@ def test_bfloat16_is_summed_in_float32_on_the_cpu_and_left_alone_elsewhere():
     assert "-> tensor<1x4xf32>" not in text("tpu")
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [("float32", 5e-5), ("bfloat16", 2e-2)]
+)  # of a sum of 2,600
 @pytest.mark.parametrize("rows", [1, 2, 7, FEW, FEW + 1])
 def test_weights_that_lie_transposed_change_no_value(rows, dtype, tolerance):
     rng = np.random.default_rng(0)
