@@ -13,6 +13,7 @@ import numpy as np
 from dyncomp.core import budget
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Float, Int
+from dyncomp.exits.shares import share_thresholds
 
 Shape = Literal["quantile", "geometric", "official"]
 STEPS = 60
@@ -208,9 +209,8 @@ def floor_thresholds(
 ) -> Float[np.ndarray, "y"]:
     """Thresholds of a chain of exits, each of which takes floor(b q) examples (DeeR-VLA's released code).
 
-    Exit by exit, of the examples still in, the floor(b q_l) with the highest scores leave; the threshold is the lowest
-    of these. All that reach it are gone, so ties leave together. Where none should leave, or fewer are left than
-    should, the threshold is `NOBODY`. The final exit takes the rest, at least its own share.
+    `share_thresholds` in its ``official`` form, with `NOBODY` where nobody is to leave, or fewer are left than should.
+    The final exit takes the rest, at least its own share.
 
     Args:
       scores: of every exit before the final one; an example leaves at the first whose score reaches its threshold.
@@ -219,16 +219,5 @@ def floor_thresholds(
     Raises:
       DyncompError: shapes disagree, or shares that are no distribution.
     """
-    scores, shares = np.asarray(scores, np.float64), np.asarray(shares, np.float64)
-    if shares.shape != (scores.shape[1] + 1,) or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
-        raise DyncompError(
-            f"floor_thresholds: scores {scores.shape} need {scores.shape[1] + 1} shares >= 0 that sum to 1"
-        )
-    inside = np.ones(len(scores), bool)
-    thresholds = np.full(scores.shape[1], NOBODY)
-    for level, share in enumerate(shares[:-1]):
-        wanted, here = int(len(scores) * share), np.sort(scores[inside, level])
-        if 0 < wanted <= len(here):
-            thresholds[level] = here[len(here) - wanted]
-            inside &= scores[:, level] < thresholds[level]
-    return thresholds
+    found = share_thresholds(scores, shares, short="official")
+    return np.where(np.isinf(found), NOBODY, found)

@@ -7,14 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dyncomp.core.aux import Aux, Count
+from dyncomp.core.aux import Aux
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.ledger import Cost
 from dyncomp.core.typing import Array, Factory, Float, Key, check_factory
 from dyncomp.diffusion.certainty import CertaintyProbes, CertaintyRule
 from dyncomp.diffusion.schedules import NoiseSchedule, time_embedding
 from dyncomp.exits.rules import ExitRule, decide
-from dyncomp.models.exiting import block_prices, only_block
+from dyncomp.models.exiting import (
+    block_prices,
+    cumulative_costs,
+    only_block,
+    segments_reached,
+)
 from dyncomp.models.uvit import unpatched
 
 FIXED_KEY = 0
@@ -108,7 +113,7 @@ class ExitingDenoiser(nn.Module):
             "final": inner[-1],
         }
         plans = {"exit": plan} if "plan" in capture else {}
-        return output, Aux(events=self._events(plan.exit, mask), plans=plans)
+        return output, Aux(events=segments_reached(plan.exit, self.depth, mask), plans=plans)
 
     def draw(self, shape: tuple[int, ...]) -> tuple[Float[Array, "b"], Array]:
         """Times [b] and noise of a shape [b h w c]."""
@@ -131,16 +136,6 @@ class ExitingDenoiser(nn.Module):
 
     def _time(self, times: Float[Array, "b"]) -> Float[Array, "b d"]:
         return time_embedding(times, self._template.d_model)
-
-    def _events(self, exit_index: Array, mask: Array | None) -> dict[str, Any]:
-        """Which segments each example needs: those up to its exit."""
-        real = jnp.ones(exit_index.shape, bool) if mask is None else mask.astype(bool)
-
-        def reached(index: int) -> Count:
-            needed = (exit_index >= index) & real
-            return Count(needed.astype(jnp.int32), jnp.ones(exit_index.shape, jnp.int32))
-
-        return {f"segment_{index}": reached(index) for index in range(self.depth)}
 
     def begin(self, inputs: Float[Array | np.ndarray, "b h w m"]) -> dict[str, Any]:
         """What is carried from segment to segment: tokens ``x``, ``skips``, ``times`` and the rule's ``state``."""
@@ -196,8 +191,7 @@ class ExitingDenoiser(nn.Module):
 
     def cumulative_costs(self, inputs_shape: tuple[int, ...]) -> list[float]:
         """FLOPs up to and including exit i over those of the whole; the last is 1."""
-        flops = [price.flops for price in self.cost(inputs_shape).values()]
-        return [sum(flops[: index + 1]) / sum(flops) for index in range(len(flops))]
+        return cumulative_costs(self.cost(inputs_shape))
 
 
 def draw_times_and_noise(

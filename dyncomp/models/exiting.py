@@ -208,9 +208,9 @@ class ExitingClassifier(nn.Module):
 
 
 def segments_reached(
-    exit_index: Int[Array, "b"], depth: int, mask: Array | None
+    exit_index: Int[Array, "*b"], depth: int, mask: Array | None
 ) -> dict[str, Count]:
-    """Events of segments in masked execution: needed up to each example's exit, executed for all."""
+    """Events of segments in masked execution: needed up to each exit where ``mask`` [*b] is set, executed for all."""
     real = jnp.ones(exit_index.shape, bool) if mask is None else mask.astype(bool)
 
     def reached(index: int) -> Count:

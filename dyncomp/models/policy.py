@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dyncomp.core.aux import Aux, Count
+from dyncomp.core.aux import Aux
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
@@ -26,7 +26,7 @@ from dyncomp.models.control import (
     pooled,
     segment_weights,
 )
-from dyncomp.models.exiting import block_prices
+from dyncomp.models.exiting import block_prices, segments_reached
 from dyncomp.models.group import Execution, Group, GroupStack, Remat, check_execution
 from dyncomp.models.seeing import ImageTokens, WordTokens, looked
 
@@ -175,7 +175,9 @@ class MultiExitPolicy(nn.Module):
             # Of the language model alone, as published budgets count.
             output["costs"] = jnp.asarray(self.blocks, jnp.float32) / self.blocks[-1]
             plans = {"exit": plan} if "plan" in capture else {}
-        return output, Aux(events=self._events(left, mask), plans=plans)
+        if mask is not None:
+            mask = jnp.broadcast_to(mask.reshape(b, -1), (b, t))
+        return output, Aux(events=segments_reached(left, self.depth, mask), plans=plans)
 
     def _heads(
         self, seen: Float[Array, "x b t d"], key: Array, train: bool
@@ -356,17 +358,6 @@ class MultiExitPolicy(nn.Module):
         return segment_weights(params, self.exits, index)
 
     # ---- account
-
-    def _events(self, left: Int[Array, "b t"], mask: Array | None) -> dict[str, Any]:
-        """Which segments each control step needs; all are executed."""
-        real = jnp.ones(left.shape, bool)
-        if mask is not None:
-            real = jnp.broadcast_to(mask.reshape(mask.shape[0], -1).astype(bool), left.shape)
-        ones = jnp.ones(left.shape, jnp.int32)
-        return {
-            f"segment_{index}": Count(((left >= index) & real).astype(jnp.int32), ones)
-            for index in range(self.depth)
-        }
 
     def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Cost]:
         """Price of each segment for one control step, at full sentence length; the shape is not looked at.
