@@ -4,13 +4,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dyncomp.attention.attend import attend
+from dyncomp.attention.cross import Heads, Joined
 from dyncomp.core.aux import Aux, count
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
-from dyncomp.core.sharding import constrain, param
 from dyncomp.core.typing import Array, Float
-from dyncomp_kernels.dense_matmul.api import dense_matmul
 
 
 class MediaAttention(nn.Module):
@@ -49,22 +48,11 @@ class MediaAttention(nn.Module):
           mask: [b t], 0 for positions of x that are padding: computed, but not needed.
         """
         (b, t, d), s = x.shape, media.shape[1]
-        width = self.width(d)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
-        shape = (self.heads, width // self.heads)
-
-        def project(name: str, rows: Array) -> Array:
-            axes = ("embed", "heads", "head_dim")
-            kernel = param(self, name, init, (rows.shape[-1], *shape), axes, self.dtypes.param)
-            return constrain(
-                dense_matmul(rows, kernel.astype(rows.dtype)), ("batch", "seq", "heads", None)
-            )
-
-        q, k, v = project("q", x), project("k", media), project("v", media)
-        back = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=2)
-        axes = ("heads", "head_dim", "embed")
-        out = param(self, "out", back, (*shape, d), axes, self.dtypes.param)
-        y = dense_matmul(attend(q, k, v, None), out.astype(x.dtype), axes=2)
+        head_dim = self.width(d) // self.heads
+        own = self.heads, head_dim, False, self.dtypes
+        q = Heads(*own, name="q")(x)
+        k, v = (Heads(*own, name=name)(media) for name in ("k", "v"))
+        y = Joined(d, False, self.dtypes, name="out")(attend(q, k, v, None))
         real = b * t if mask is None else jnp.sum(mask.astype(bool), dtype=jnp.int32)
         events = {
             "tokens": count(real, b * t),

@@ -19,7 +19,7 @@ REAL = jnp.asarray([[1, 1, 0], [1, 1, 1]])
 def test_matches_a_loop_and_counts_what_it_did(strict):
     params = nn.meta.unbox(jax.jit(CROSS.init)(jax.random.key(0), X, MEDIA))["params"]
     y, aux = jax.jit(lambda x, m: CROSS.apply({"params": params}, x, m, REAL))(X, MEDIA)
-    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    p = {name: np.asarray(value["kernel"], np.float64) for name, value in params.items()}
     for b in range(2):
         for t in range(3):
             total = np.zeros(4)
