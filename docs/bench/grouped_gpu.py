@@ -5,7 +5,7 @@ forward product and both gradients beside one dense product of equal FLOPs (cuBL
 PyTorch's `grouped_mm` and tokamax's `ragged_dot`; the two limits, all rows to one expert and one row each; and SwiGLU
 experts with gradients beside a dense unit. Forms of a row take turns, on the same data; figures are medians.
 
-Prints a table last. Needs jax for CUDA, flax and optax; PyTorch and tokamax are measured where they are installed.
+Prints a table last. Needs jax for CUDA; PyTorch and tokamax are measured where they are installed.
 ``--small`` runs tiny sizes anywhere.
 """
 
@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from models_gpu import card, copy_rate  # noqa: E402
+from gpu_card import card, copy_rate  # noqa: E402
 
 from dyncomp_kernels.grouped_matmul.api import grouped_matmul  # noqa: E402
 from dyncomp_kernels.grouped_matmul.cases import dirichlet4  # noqa: E402

@@ -8,10 +8,8 @@ flax and optax. ``--small`` runs tiny sizes anywhere.
 
 import functools
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from flax import linen as nn  # noqa: E402
+from gpu_card import card, copy_rate, seconds  # noqa: E402
 
 from dyncomp.attention import Attention  # noqa: E402
 from dyncomp.bench import exits  # noqa: E402
@@ -33,38 +32,6 @@ from dyncomp.experts import HopperSwiGLUBank, MoE, SwiGLU, SwiGLUBank  # noqa: E
 from dyncomp.models import Block, DecoderLM, Group  # noqa: E402
 from dyncomp.routers import TopK, TopP  # noqa: E402
 from dyncomp.tasks.objectives import LMObjective  # noqa: E402
-
-PEAK = {"H100": 989e12, "H200": 989e12}
-"""bfloat16 FLOP/s of the dense tensor cores, by the data sheet."""
-
-
-def card() -> dict[str, Any]:
-    """The GPU, its driver, and what is known of its arithmetic."""
-    name = jax.devices()[0].device_kind
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError):
-        driver = "none"
-    peak = next((flops for part, flops in PEAK.items() if part in name), None)
-    return {
-        "gpu": name, "driver": driver, "jax": jax.__version__, "peak": peak,
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-
-
-def seconds(call: Callable[[], Any], calls: int = 5, times: int = 7) -> float:
-    """Median over ``times`` of the mean of ``calls`` calls in a row."""
-    jax.block_until_ready(call())
-    jax.block_until_ready(call())
-    found = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = call()
-        jax.block_until_ready(out)
-        found.append((time.perf_counter() - begin) / calls)
-    return float(np.median(found))
 
 
 def language_model(ffn: Any, depth: int, small: bool, remat: str = "none", **dtypes: str) -> Any:
@@ -172,14 +139,6 @@ def experts(small: bool, _: float | None) -> list[dict[str, Any]]:
         saved = dense["flops"] / one["flops"]
         found.append({**one, "realised": dense["seconds"] / one["seconds"] / saved})
     return found
-
-
-def copy_rate(small: bool) -> float:
-    """Bytes a second that a large bfloat16 matrix-vector product reads."""
-    rows, columns = (512, 512) if small else (16_384, 65_536)
-    matrix, x = jnp.ones((rows, columns), jnp.bfloat16), jnp.ones((1, rows), jnp.bfloat16)
-    product = jax.jit(jnp.matmul)
-    return matrix.nbytes / seconds(lambda: product(x, matrix), 10)
 
 
 def decode(small: bool, _: float | None) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@
 
     a tile of the result                    the third warpgroup copies (TMA) what coming steps read, also those of the
     |  warpgroup 0: rows  0 ..  63  |       next tile; the two others multiply (wgmma), each its half of the rows, and
-    |  warpgroup 1: rows 64 .. 127  |       store the sums
+    |  warpgroup 1: rows 64 .. 127  |       store the sums while the next tile's first products run
 
 Two blocks may be a pair (a cluster): they take two tiles that share an operand, and each copies half of it for both.
 Every tile is multiplied whole, a group's last one too.
@@ -24,8 +24,8 @@ from dyncomp_kernels.grouped_matmul.tiles import ALIGNED
 WIDE, HALF, CHUNK = 256, 64, 64
 """Columns of a tile, rows of a warpgroup's half, columns that are stored at once."""
 
-STEPS, SLOTS = 4, 2
-"""Steps in flight, chunks being stored."""
+STEPS = 4
+"""Steps in flight."""
 
 WIDTH, NARROW = 16, 8
 """Column tiles that share the rows in the cache: of a product, of a weight gradient."""
@@ -46,7 +46,7 @@ class Tile(NamedTuple):
     Attributes:
       steps: int32, how many slabs are multiplied.
       copy: of (step, memory for the left slab, for the right one, barrier that counts both).
-      store: of the sums of a half [64 256] and the memory that copies start from.
+      store: of the sums of a half [64 256], the memory that copies start from, and the first of 64 columns to store.
     """
 
     steps: Any
@@ -73,14 +73,14 @@ def product_kernel(transposed: bool, paired: bool, live, group, base, skip, own,
             plgpu.copy_gmem_to_smem(left.at[rows, inside], a, barrier, collective_axes=shared)
             plgpu.copy_gmem_to_smem(weights.at[place], b, barrier)
 
-        def store(total, kept):
+        def store(total, kept, i):
             first = lax.axis_index(PART) * HALF
             top = jnp.clip(skip[at] - first, 0, HALF)
             count = jnp.clip(skip[at] + own[at] - first, 0, HALF) - top
-            place = lambda row, n, i: out.at[
+            place = lambda row, n: out.at[
                 pl.ds(base[at] + first + row, n), pl.ds(column * WIDE + i, CHUNK)
             ]
-            _store_rows(total, kept, top, count, place)
+            _store_rows(_fill(kept, total, i), top, count, place)
 
         return Tile(jnp.where(group[at] < groups, inner // INNER, 0), copy, store)
 
@@ -127,11 +127,10 @@ def weight_kernel(paired: bool, starts, ends, left, right, left_edges, right_edg
             def _():
                 pair(left, right, pl.multiple_of(first + step * INNER, ALIGNED))
 
-        def store(total, kept):
+        def store(total, kept, i):
             rows = pl.ds(row * TILE + lax.axis_index(PART) * HALF, HALF)
-            for i in range(0, WIDE, CHUNK):
-                slot = _fill(kept, total, i)
-                plgpu.copy_smem_to_gmem(slot, out.at[group, rows, pl.ds(column * WIDE + i, CHUNK)])
+            slot = _fill(kept, total, i)
+            plgpu.copy_smem_to_gmem(slot, out.at[group, rows, pl.ds(column * WIDE + i, CHUNK)])
 
         return Tile(steps, copy, store)
 
@@ -201,14 +200,26 @@ def _persistent(count, tile, operands, slabs, layout, dtype, paired: bool) -> No
         def products():
             plgpu.set_max_registers(REGISTERS[0], action="increase")
 
-            def multiply(i, begun):
-                do = tile(mine + i * blocks)
+            own = kept.at[lax.axis_index(PART)]
+            chunks = tuple(enumerate(range(0, WIDE, CHUNK)))
+
+            def multiply(i, carry):
+                begun, before = carry
+                do, last = (tile(mine + jnp.maximum(at, 0) * blocks) for at in (i, i - 1))
+
+                def store(wanted):
+                    for number, column in chunks:
+
+                        @pl.when((i > 0) & wanted(number))
+                        def _(column=column):
+                            last.store(before, own, column)
 
                 def steps(acc):
                     def step(j, _):
                         at = slot(begun + j)
                         plgpu.barrier_wait(filled.at[at])
                         plgpu.wgmma(acc, *operands(a.at[at], b.at[at]))
+                        store(lambda number: j == number)
                         plgpu.wgmma_wait(1)
 
                         @pl.when(j > 0)
@@ -222,12 +233,20 @@ def _persistent(count, tile, operands, slabs, layout, dtype, paired: bool) -> No
                     def _():
                         plgpu.barrier_arrive(free.at[slot(begun + do.steps - 1)])
 
-                    do.store(total, kept.at[lax.axis_index(PART)])
+                    return total.astype(dtype)
 
-                pl.run_scoped(steps, plgpu.ACC((HALF, WIDE)))
-                return begun + do.steps
+                total = pl.run_scoped(steps, plgpu.ACC((HALF, WIDE)))
+                store(lambda number: number >= do.steps)
+                return begun + do.steps, total
 
-            lax.fori_loop(0, turns, multiply, jnp.int32(0))
+            none = jnp.zeros((HALF, WIDE), dtype)
+            _, total = lax.fori_loop(0, turns, multiply, (jnp.int32(0), none))
+
+            @pl.when(turns > 0)
+            def _():
+                for _, column in chunks:
+                    tile(mine + (turns - 1) * blocks).store(total, own, column)
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         lax.cond(lax.axis_index(PART) == COPIER, copies, products)
@@ -236,32 +255,28 @@ def _persistent(count, tile, operands, slabs, layout, dtype, paired: bool) -> No
     pl.run_scoped(
         roles,
         *(plgpu.SMEM((STEPS, *slab), dtype, transforms=LAYOUT) for slab in slabs),
-        plgpu.SMEM((HALVES, SLOTS, HALF, CHUNK), dtype, transforms=layout),
+        plgpu.SMEM((HALVES, HALF, CHUNK), dtype, transforms=layout),
         plgpu.Barrier(num_arrivals=len(slabs), num_barriers=STEPS),
         plgpu.ClusterBarrier(collective_axes=(PAIR,), **free) if paired else plgpu.Barrier(**free),
         collective_axes=PART,
     )
 
 
-def _store_rows(total, kept, top, count, place) -> None:
-    """Writes ``count`` rows of ``total`` from ``top`` on, in copies of 64, 32 ... 1 rows: a copy's size is static."""
-    for i in range(0, WIDE, CHUNK):
-        slot = _fill(kept, total, i)
-        for size in (1 << bit for bit in reversed(range(HALF.bit_length()))):
+def _store_rows(slot, top, count, place) -> None:
+    """Writes ``count`` rows of ``slot`` from ``top`` on, in copies of 64, 32 ... 1 rows: a copy's size is static."""
+    for size in (1 << bit for bit in reversed(range(HALF.bit_length()))):
 
-            @pl.when(count & size != 0)
-            def _(size=size, slot=slot, i=i):
-                row = top + (count & (-2 * size))  # after the larger copies
-                some = slot.at[pl.ds(row, size)]
-                plgpu.copy_smem_to_gmem(some, place(row, size, i), commit_group=False)
+        @pl.when(count & size != 0)
+        def _(size=size):
+            row = top + (count & (-2 * size))  # after the larger copies
+            plgpu.copy_smem_to_gmem(slot.at[pl.ds(row, size)], place(row, size), commit_group=False)
 
-        plgpu.commit_smem_to_gmem_group()
+    plgpu.commit_smem_to_gmem_group()
 
 
 def _fill(kept, total, i: int):
-    """The memory that holds the chunk of ``total`` from column ``i``, once earlier copies out of it are done."""
-    slot = kept.at[i // CHUNK % SLOTS]
-    plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-    slot[...] = total[:, i : i + CHUNK].astype(slot.dtype)
+    """The memory that holds the chunk of ``total`` from column ``i``, once the copies before have read theirs."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    kept[...] = total[:, i : i + CHUNK]
     plgpu.commit_smem()
-    return slot
+    return kept

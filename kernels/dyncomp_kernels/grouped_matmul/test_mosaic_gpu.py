@@ -66,7 +66,6 @@ WIDE = (Case("pairs", 301, 256, 512, ODD.sizes), Case("no_pairs", 150, 384, 256,
 def test_wide_kernels_by_the_interpreter(name, case, monkeypatch):
     """In an order that real blocks could take; a copy that may overtake its reader would be called a race."""
     monkeypatch.setattr(mosaic_gpu, "SMS", 4)
-    monkeypatch.setattr(mosaic_wide, "SLOTS", 1)  # the interpreter counts no groups of copies
     rows, weights, sizes = problem(case, "bfloat16")
     cotangent = jnp.asarray(np.random.default_rng(2).normal(size=(case.m, case.n)), "bfloat16")
     number = ("forward", "row_gradient", "weight_gradient").index(name)
