@@ -125,8 +125,16 @@ def rope_angles(
 def rotate(
     x: Float[Array, "b t h p"], angles: Float[Array, "#b t q"], amplitude: float = 1.0
 ) -> Float[Array, "b t h p"]:
-    """Rotates element i with element i + p/2 of each head by ``angles``; float32 inside, returns ``x.dtype``."""
-    return _turned(x, jnp.cos(angles), jnp.sin(angles), amplitude)
+    """Rotates element i with element i + p/2 of each head by ``angles``; float32 inside, returns ``x.dtype``.
+
+    Sines and cosines of angles that are known while tracing are constants of the program: XLA's CPU compiler takes
+    others anew for every example and head.
+    """
+    if isinstance(angles, jax.core.Tracer):
+        return _turned(x, jnp.cos(angles), jnp.sin(angles), amplitude)
+    with jax.ensure_compile_time_eval():
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return _turned(x, cos, sin, amplitude)
 
 
 def rotate_below(

@@ -22,8 +22,6 @@ from dyncomp.runtime import (
 
 BATCH, QUICK_BATCH, PAIRS, QUICK_PAIRS = 64, 2, 30, 3
 WARM_UP = 2
-BACKLOG = 6
-"""Batches that always wait in the saturated stream."""
 GOALS = {"host/64": 0.8, "host/1": 0.9, "stream": 0.9}
 TORCH_GOAL, OVERHEAD_GOAL = 1.0, 1.03
 LOADS = (0.5, 0.8)
@@ -108,13 +106,17 @@ def _singles(
 
 
 class Saturated:
-    """A stream that always has a backlog: a call serves ``count`` more examples."""
+    """A stream that always has a backlog: a call serves ``count`` more examples.
+
+    A batch a segment always waits besides, so that one of the queues has a full one: a stream without a bound on
+    waiting runs nothing else.
+    """
 
     def __init__(self, subject: Planted, stream: StreamExecutor, batch: int, count: int):
         self.stream, self.count = stream, count
         self._inputs = subject.draw(count, 3)
         self._debt = 0
-        stream.submit(subject.draw(BACKLOG * batch, 4))
+        stream.submit(subject.draw(len(subject.net.segments) * batch, 4))
         self()
 
     def __call__(self) -> None:

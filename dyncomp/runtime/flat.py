@@ -86,7 +86,7 @@ def flatten(net: Segmented, example: Any, liveness: bool = True) -> Flat:
         own = (net.begin_weights, segment.weights) if index == 0 else segment.weights
         flat, structure = jax.tree.flatten(own)
         weights.append([jnp.asarray(leaf) for leaf in flat])
-        moves = _Moves(tree, found.written[index], forced=not liveness)
+        moves = _Moves(tree, found.written[index], graph.chain, forced=not liveness)
         functions.append(_always(_function(net, graph, index, structure, moves)))
     slots = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
     prices = tuple(segment.cost for segment in net.segments)
@@ -113,11 +113,13 @@ class _Moves:
     Attributes:
       tree: the carry's structure.
       written: leaves that are put back.
+      chain: nobody waits at another segment; a launch of all slots may then overwrite those that are not its own.
       forced: fetch all leaves, wanted or not; else the compiler leaves out what the segment does not read.
     """
 
     tree: Any
     written: frozenset[int]
+    chain: bool
     forced: bool
 
     def gather(self, buffer: Leaves, rows: Any) -> Any:
@@ -128,7 +130,8 @@ class _Moves:
 
     def write(self, buffer: Leaves, rows: Any, carry: Any) -> Leaves:
         """The buffer with it."""
-        put = lambda leaf, new: (_kept if _whole(leaf, rows) else _scattered)(leaf, rows, new)
+        whole = _replaced if self.chain else _kept
+        put = lambda leaf, new: (whole if _whole(leaf, rows) else _scattered)(leaf, rows, new)
         both = enumerate(zip(buffer, jax.tree.leaves(carry), strict=True))
         return [put(old, new) if n in self.written else old for n, (old, new) in both]
 
@@ -140,6 +143,11 @@ def _whole(leaf: Any, rows: Any) -> bool:
 def _scattered(leaf: Any, rows: Any, new: Any) -> Any:
     """Writes rows at their slots."""
     return leaf.at[rows].set(new.astype(leaf.dtype), mode="drop")
+
+
+def _replaced(leaf: Any, rows: Any, new: Any) -> Any:
+    """Every slot's new row."""
+    return new.astype(leaf.dtype)
 
 
 def _kept(leaf: Any, rows: Any, new: Any) -> Any:

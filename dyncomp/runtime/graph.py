@@ -54,6 +54,11 @@ class Graph:
         """How many passes over all segments in order bring every example to the end."""
         return 1 + sum(trips - 1 for trips in self.trips if trips)
 
+    @property
+    def chain(self) -> bool:
+        """Whether every segment leads to the next or to the end: then all that go on wait at one segment."""
+        return all({*row} <= {i + 1, self.end} for i, row in enumerate(self.targets))
+
     def decides(self, index: int) -> bool:
         """Whether more than one segment may follow."""
         return len(self.targets[index]) > 1

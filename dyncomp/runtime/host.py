@@ -7,6 +7,7 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
+from dyncomp.runtime.alone import Alone
 from dyncomp.runtime.buckets import powers_of_two, split
 from dyncomp.runtime.executed import Executed, executed
 from dyncomp.runtime.flat import Flat, flatten, refuse_tracers
@@ -14,6 +15,9 @@ from dyncomp.runtime.graph import Graph
 from dyncomp.runtime.programs import Chunk, Driven, Programs
 from dyncomp.runtime.saved import load_segments
 from dyncomp.runtime.segments import Segmented
+
+RARE = 200
+"""Where fewer than one in so many leave, the next segment does not wait to be told who."""
 
 
 class HostExecutor(Driven):
@@ -28,7 +32,8 @@ class HostExecutor(Driven):
       buckets: ascending row counts to compile; default powers of two up to ``capacity``.
       launch: fixed cost of a launch in rows, see `buckets.split`.
       speculate: start the next segment on the same rows before a decision is read. Hides the wait where few leave;
-        the rows of those that leave are run in vain.
+        the rows of those that leave are run in vain. None does so after segments that fewer than one in 200 left of
+        late, and lets a chain with ``capacity`` 1 be one program (`Alone`).
       liveness: False moves every value across every boundary, whoever wants it (to see what liveness saves).
     """
 
@@ -40,21 +45,41 @@ class HostExecutor(Driven):
         capacity: int,
         buckets: tuple[int, ...] | None = None,
         launch: int = 4,
-        speculate: bool = False,
+        speculate: bool | None = None,
         liveness: bool = True,
     ):
         sizes = tuple(sorted(buckets or powers_of_two(capacity)))
         self._set(flatten(net, example, liveness), capacity, sizes, launch, speculate)
 
     def _set(
-        self, flat: Flat, capacity: int, sizes: tuple[int, ...], launch: int, speculate: bool
+        self,
+        flat: Flat,
+        capacity: int,
+        sizes: tuple[int, ...],
+        launch: int,
+        speculate: bool | None,
     ) -> None:
         self.capacity, self.launch, self.speculate = capacity, launch, speculate
         self._programs = Programs(flat, capacity, sizes)
+        lone = capacity == 1 and flat.graph.chain and speculate is None
+        self._alone = Alone(flat) if lone else None
+        self._lately = np.zeros((flat.graph.end, 2))  # who ran each segment, who left after it
+
+    @property
+    def compilations(self) -> int:
+        """Programs built so far."""
+        return super().compilations + (self._alone is not None and self._alone.compiled)
+
+    def warm_up(self) -> "HostExecutor":
+        """Compiles what calls will run, ahead of time: every segment at every bucket size, or one program (`Alone`)."""
+        if self._alone is None:
+            return super().warm_up()
+        self._alone.warm_up()
+        return self
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, launch: int = 4, speculate: bool = False
+        cls, folder: str | Path, *, launch: int = 4, speculate: bool | None = None
     ) -> "HostExecutor":
         """An executor of segments that `save_segments` wrote; needs no model."""
         made = cls.__new__(cls)
@@ -73,6 +98,8 @@ class HostExecutor(Driven):
             raise DyncompError(
                 f"a batch of {len(inputs)}: this executor takes 1..{self.capacity} examples"
             )
+        if self._alone is not None:
+            return self._alone(inputs, self.thresholds)
         walk = _Walk(self.graph, len(inputs))
         ahead: list[Chunk] = []
         while (index := walk.front()) < self.graph.end:
@@ -81,11 +108,18 @@ class HostExecutor(Driven):
             if begun:
                 rest = np.setdiff1d(rest, np.concatenate([chunk.slots for chunk in begun]))
             chunks = begun + self._launch(index, rest, inputs)
-            ahead = self._ahead(chunks) if self.speculate else []
+            ahead = self._ahead(chunks) if self._speculates(index) else []
             walk.count(chunks[len(begun) :] + ahead)
             for chunk in chunks:
                 walk.read(chunk)
+        self._lately = self._lately / 2 + walk.left()
         return walk.result(self._programs.flat.prices)
+
+    def _speculates(self, index: int) -> bool:
+        if self.speculate is not None:
+            return self.speculate
+        ran, left = self._lately[index]
+        return bool(ran > RARE * left)
 
     def _launch(self, index: int, slots: np.ndarray, inputs: np.ndarray) -> list[Chunk]:
         """Dispatches a segment for all that wait for it before anything is waited for."""
@@ -142,6 +176,11 @@ class _Walk:
         self.at[slots[here]] = onward[here]
         self.exits[slots[gone]] = index
         self._read.append((chunk, here, gone))
+
+    def left(self) -> np.ndarray:
+        """int64 [s 2], how many ran each segment, and how many left after it."""
+        ran = np.count_nonzero(self.visits, axis=0)
+        return np.stack([ran, np.bincount(self.exits, minlength=len(ran))], axis=1)
 
     def result(self, prices: tuple[Cost, ...]) -> Executed:
         """Outputs and scores in the order of the inputs."""

@@ -78,7 +78,7 @@ class Programs:
     A segment gathers the rows of its slots, runs, and writes back what it changed, in place: the buffer is donated. So
     there is one program for a segment and bucket, whichever rows they are. What a segment does not read is not
     gathered, and what it hands on as it was is not written. The bucket of ``capacity`` rows is the buffer itself and
-    moves nothing: every slot stands at its own place, those of others keep what they have.
+    moves nothing: every slot stands at its own place; those of others keep theirs where anybody waits elsewhere.
 
     Args:
       flat: the network.

@@ -160,7 +160,8 @@ class StreamExecutor(Driven):
         """Starts at most one launch and reads at most one that is done; what left by it.
 
         Args:
-          flush: run what waits although no bucket is full.
+          flush: run what waits although no bucket is full: the deepest first, so that what has begun ends, and those
+            who come meanwhile begin together.
         """
         chosen = self._choose(flush)
         if chosen is not None:
@@ -187,7 +188,7 @@ class StreamExecutor(Driven):
             return full[-1], self.bucket
         some = [index for index, count in enumerate(ready) if count]
         if flush and some and not self._flying:
-            return some[0], ready[some[0]]
+            return some[-1], ready[some[-1]]
         return None
 
     def _ready(self, index: int) -> int:

@@ -202,8 +202,8 @@ def tracing(net: Segmented, images: Any) -> dict[str, float]:
 
 
 def host(net: Segmented, images: Any, **options: Any) -> HostExecutor:
-    """For one image at a time."""
-    return HostExecutor(net, images[:1], capacity=1, **options).warm_up()
+    """For one image at a time, segment by segment."""
+    return HostExecutor(net, images[:1], capacity=1, speculate=False, **options).warm_up()
 
 
 def at_rates(net: Segmented, images: Any, plain: Any, lengths: Any) -> dict[str, Any]:

@@ -192,10 +192,44 @@ def test_speculation_runs_at_most_one_segment_in_vain_an_exit_and_an_empty_set_l
     net, _ = chain(4, 6)
     net.thresholds[:] = [np.inf, -np.inf, 0.0, 0.0]  # all leave at the second
     for ahead, rows in ((False, [1, 1, 0, 0]), (True, [1, 1, 1, 0])):
-        host = HostExecutor(net, INPUTS, capacity=1, speculate=ahead)
+        host = HostExecutor(net, INPUTS, capacity=2, speculate=ahead)
         ran = host(INPUTS[:1])
         assert ran.executed.tolist() == rows and ran.visits.tolist() == [[1, 1, 0, 0]]
         assert host.compilations == sum(rows)
+
+
+def test_speculates_by_itself_once_nobody_leaves():
+    net, _ = chain(3, 6)
+    host = HostExecutor(net, INPUTS, capacity=6, buckets=(6,))
+    host.thresholds[:] = [np.inf, -np.inf, 0.0]
+    assert host(INPUTS).executed.tolist() == [6, 6, 0]  # nothing is known yet
+    assert host(INPUTS).executed.tolist() == [
+        6,
+        6,
+        0,
+    ]  # ahead of the first decision, not of the second
+    host.thresholds[1] = np.inf
+    ran = [host(INPUTS).executed.tolist() for _ in range(12)]
+    assert ran == [[6, 6, 6]] * 12
+    host.thresholds[0] = -np.inf
+    assert [host(INPUTS).executed.tolist() for _ in range(2)] == [[6, 6, 0], [6, 0, 0]]
+
+
+def test_a_lone_example_is_one_program(tmp_path):
+    net, _ = chain(4, 6)
+    net.thresholds[:] = [np.inf, 0.0, np.inf, 0.0]
+    alone, want = HostExecutor(net, INPUTS, capacity=1).warm_up(), MaskedExecutor(net)
+    folder = save_segments(net, INPUTS, tmp_path / "net", capacity=1, buckets=(1,))
+    for run in (alone, HostExecutor.load(folder).warm_up()):
+        assert run.compilations == 1
+        for row in range(len(INPUTS)):
+            found, other = (call(INPUTS[row : row + 1]) for call in (run, want))
+            np.testing.assert_allclose(found.outputs, other.outputs, rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(found.exits, other.exits)
+            np.testing.assert_array_equal(found.visits, other.visits)
+            np.testing.assert_array_equal(found.executed, found.needed)
+        run.thresholds[:] = -np.inf  # arguments, not constants
+        assert run(INPUTS[:1]).exits.tolist() == [0] and run.compilations == 1
 
 
 def test_a_stream_of_saved_segments_in_a_new_process(tmp_path):

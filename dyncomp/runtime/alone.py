@@ -1,0 +1,83 @@
+"""One example at a time: a chain of segments as one program, with a branch after each that decides."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dyncomp.runtime.executed import Executed, executed
+from dyncomp.runtime.flat import Flat
+
+
+class Alone:
+    """Runs single examples through a chain (`Graph.chain`): the branch that goes on holds all that follows.
+
+    So nothing is kept up to date between segments, as in loops over any graph, and the host is not asked, which for one
+    example takes as long as a good part of a segment.
+
+    Args:
+      flat: the network, a chain, whose functions are for one slot.
+    """
+
+    def __init__(self, flat: Flat):
+        self.flat, self.graph = flat, flat.graph
+        self._call: Any = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `warm_up` or a call was."""
+        return self._call is not None
+
+    def warm_up(self) -> None:
+        """Compiles the program."""
+        if not self.compiled:
+            shapes = [self.flat.arguments(index, 1, 1) for index in range(self.graph.end)]
+            thresholds = jax.ShapeDtypeStruct((self.graph.end,), jnp.float32)
+            lowered = jax.jit(self._run).lower(
+                [own for own, *_ in shapes], shapes[0][-1], thresholds
+            )
+            self._call = lowered.compile()
+
+    def __call__(self, inputs: np.ndarray, thresholds: np.ndarray) -> Executed:
+        """Runs inputs [1 ...] under thresholds [s]."""
+        self.warm_up()
+        output, last, scores = map(np.asarray, self._call(self.flat.weights, inputs, thresholds))
+        visits = (np.arange(self.graph.end) <= last).astype(np.int32)
+        return executed(
+            self.flat.prices,
+            self.graph,
+            output,
+            np.full(1, last, np.int32),
+            scores[None],
+            visits[None],
+            visits.astype(np.int64),
+        )
+
+    def _run(self, weights: Any, inputs: Any, thresholds: Any) -> tuple[Any, Any, Any]:
+        """(output [1 ...], segment it left after, scores [s])."""
+        buffer = [jnp.zeros((1, *leaf.shape), leaf.dtype) for leaf in self.flat.carry]
+        rows = jnp.zeros(1, jnp.int32)
+
+        def begin(index: int, buffer: Any, scores: tuple[Any, ...]) -> Any:
+            more = (inputs,) if index == 0 else ()
+            function = self.flat.functions[index](1)
+            buffer, output, route, score = function(
+                weights[index], buffer, rows, thresholds[index], *more
+            )
+            scores = (*scores, score.astype(jnp.float32))
+
+            def done() -> Any:
+                rest = jnp.full(self.graph.end - len(scores), jnp.nan, jnp.float32)
+                return output, jnp.int32(index), jnp.concatenate([*scores, rest])
+
+            onward = lambda: begin(index + 1, buffer, scores)
+            if self.graph.ends(index):
+                return done()
+            if not self.graph.decides(index):
+                return onward()
+            leaves = self.graph.onward(index, route, 1)[0] == self.graph.end
+            return lax.cond(leaves, done, onward)
+
+        return begin(0, buffer, ())
