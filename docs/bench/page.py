@@ -101,7 +101,7 @@ def _attention(result):
             f"PyTorch {result['torch']}, driver {result['driver']}, {result['date']}. Causal, bfloat16, head 128, 16",
             "query heads on 4 key/value heads, blocks of 128; milliseconds. Ideal: cuDNN's dense time (through JAX)",
             "times the share of causal blocks. `sdpa` and `flex` are PyTorch's, the latter with the same block masks.",
-            "The host's cores were busy meanwhile, which adds to times below a millisecond. `selfcheck` on the same",
+            "`selfcheck` on the same",
             f"device: outputs and gradients of {result['checked']['problems']} problems within",
             f"{result['checked']['worst']} of the largest number, of float64.\n",
             "| length | form | share | forward | with gradients | of ideal, forward | of ideal, with gradients |",
@@ -154,7 +154,12 @@ def _grouped(result):
     share = lambda row, parts: (
         sum(row[p]["dense"] for p in parts) / sum(row[p]["ours"] for p in parts)
     )  # noqa: E731
-    forms = ("dense", "ours", "torch dense", "torch", "tokamax")
+    forms, peer = ("dense", "ours", "torch dense", "torch", "tokamax"), result["tokamax_earlier"]
+    size = lambda row: tuple(row[key] for key in ("k", "n", "experts"))  # noqa: E731
+    other = {size(row): row for row in peer["products"]}
+    for row in result["products"]:
+        for part in PARTS:
+            row[part]["tokamax"] = other[size(row)][part]
     cell = lambda row, part, form: f"{rate(row, part, form):.0f}" if form in row[part] else ""  # noqa: E731
     line = lambda row, load: [  # noqa: E731
         f"| {row['k']} x {row['n']} | {row['experts']} | {load} | {part} | "
@@ -167,19 +172,19 @@ def _grouped(result):
     )
     loads = (("products", "Dirichlet(4)"), ("one_expert", "one expert"))
     tiles = ", ".join(
-        f"{part} {' x '.join(map(str, size[:3]))}" for part, size in result["tokamax_tiles"].items()
+        f"{part} {' x '.join(map(str, size[:3]))}" for part, size in peer["tiles"].items()
     )
     return "\n".join(
         [
             f"## Grouped products of a large layer on 1 x {result['gpu']}\n",
-            f"`{result['command']}`, run on the device: jax {result['jax']}, PyTorch {result['torch']}, tokamax"
-            f" {result['tokamax']}, driver {result['driver']},",
+            f"`{result['command']}`, run on the device: jax {result['jax']}, PyTorch {result['torch']},"
+            f" driver {result['driver']},",
             f"{result['date']}. {result['rows']:,} rows (16,384 tokens of two choices), bfloat16, TFLOP/s; dense: one"
             " product of equal FLOPs, cuBLAS",
-            "through JAX and through PyTorch; torch: `grouped_mm`; tokamax: `ragged_dot`, fastest of six tiles tried",
-            f"at the first row ({tiles}).",
-            "Share: of dense through JAX, in time; asked: 0.85. Measured before unused trial code was taken out of the",
-            "kernels' file.",
+            "through JAX and through PyTorch; torch: `grouped_mm`; tokamax: `ragged_dot` of version"
+            f" {peer['version']}, in an earlier run of {peer['date']}",
+            f"on one {peer['gpu']}, fastest of six tiles tried at the first row ({tiles}).",
+            "Share: of dense through JAX, in time; asked: 0.85.",
             f"Samples of the results against float64: within {max(row['error'] for row in result['products']):.4f} of"
             " the largest number.\n",
             "| matrix | experts | load | product | dense | ours | torch dense | torch | tokamax | share |",

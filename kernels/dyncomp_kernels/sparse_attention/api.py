@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dyncomp_kernels.sparse_attention import pallas_tpu, pallas_triton, xla
+from dyncomp_kernels.sparse_attention import mosaic_gpu, pallas_tpu, pallas_triton, xla
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of
 
-Implementation = Literal["xla", "pallas", "triton"]
-KERNELS = {"tpu": ("pallas", pallas_tpu), "cuda": ("triton", pallas_triton)}
-"""The form of each platform that has one of its own."""
+Implementation = Literal["xla", "pallas", "mosaic_gpu", "triton"]
+KERNELS = {
+    "tpu": {"pallas": pallas_tpu},
+    "cuda": {"mosaic_gpu": mosaic_gpu, "triton": pallas_triton},
+}
+"""The forms of each platform that has some of its own, the preferred one first."""
 
 
 def sparse_attention(
@@ -43,7 +46,8 @@ def sparse_attention(
       window, sink: of what is listed, a query sees the ``window`` places up to its own, and the first ``sink`` keys
         (an A-shape); None for all.
       implementation: a form by name; None picks by platform when the program is lowered (see `explain`). "pallas" (TPU)
-        and "triton" (CUDA) are interpreted on other platforms: right, and very slow.
+        and "triton" (CUDA) are interpreted on other platforms: right, and very slow. "mosaic_gpu" promises that what
+        CUDA runs is a Hopper GPU; elsewhere than on CUDA the portable form serves it.
 
     Returns:
       [b t h p] in the dtype of q, and the log-sum-exp of the scores, float32 [b t h]; zeros and -inf for a query that
@@ -61,19 +65,30 @@ def sparse_attention(
 
 def supports(implementation: str, q: Any, k: Any, lists: BlockLists) -> str | None:
     """None when the form can serve these shapes and dtypes, else the reason why not."""
-    form = dict(KERNELS.values()).get(implementation)
-    return form.supports(q, k, lists) if form else None
+    for forms in KERNELS.values():
+        if implementation in forms:
+            return forms[implementation].supports(q, k, lists)
+    return None
 
 
 def explain(q: Any, k: Any, lists: BlockLists) -> dict[str, str]:
     """Which form serves each platform for these arguments (arrays or ShapeDtypeStructs), or why it does not."""
     said = {"default": "xla serves"}
-    for platform, (name, _) in KERNELS.items():
-        reason = supports(name, q, k, lists)
-        if not reason and not _on_one_device():
-            reason = "kernels are not partitioned: call it inside a shard_map"
-        said[platform] = f"xla serves; {reason}" if reason else f"{name} serves"
+    for platform, forms in KERNELS.items():
+        reasons = {name: _refuses(form, q, k, lists) for name, form in forms.items()}
+        chosen = next((name for name, reason in reasons.items() if not reason), None)
+        if chosen and not _on_one_device():
+            chosen, reasons = None, {"": "kernels are not partitioned: call it inside a shard_map"}
+        why = [reason for reason in reasons.values() if reason]
+        said[platform] = "; ".join([f"{chosen or 'xla'} serves", *why])
     return said
+
+
+def _refuses(form: Any, q: Any, k: Any, lists: BlockLists) -> str | None:
+    """Why a form is not chosen for these arguments where no form is asked for; None where it may be."""
+    if form is mosaic_gpu and not mosaic_gpu.on_hopper():
+        return "mosaic_gpu takes Hopper GPUs"
+    return form.supports(q, k, lists)
 
 
 def _on_one_device() -> bool:
@@ -105,15 +120,18 @@ def _form(name: str, implementation: Implementation | None, like: Any, *args: An
     call = lambda own, **words: functools.partial(getattr(own, name), seeing=seeing, **words)
     if implementation == "xla":
         return call(xla)(*args)
+    if implementation == "mosaic_gpu":
+        return lax.platform_dependent(*args, cuda=call(mosaic_gpu), default=call(xla))
     if implementation:
-        platform, form = next((p, own) for p, (n, own) in KERNELS.items() if n == implementation)
+        platform = next(p for p, forms in KERNELS.items() if implementation in forms)
+        form: Any = KERNELS[platform][implementation]
         interpreted = call(form, interpret=form.INTERPRETED)
         return lax.platform_dependent(*args, **{platform: call(form)}, default=interpreted)
-    fit = {
-        platform: call(form)
-        for platform, (_, form) in KERNELS.items()
-        if not form.supports(*like[:3]) and _on_one_device()
-    }
+    fit = {}
+    for platform, forms in KERNELS.items():
+        chosen = [form for form in forms.values() if not _refuses(form, *like[:3])]
+        if chosen and _on_one_device():
+            fit[platform] = call(chosen[0])
     return lax.platform_dependent(*args, **fit, default=call(xla))
 
 

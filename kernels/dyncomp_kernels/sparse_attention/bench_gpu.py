@@ -69,7 +69,7 @@ def jax_rows(length: int) -> list[dict[str, Any]]:
         "both_ms": time_of(both(dense), q, k, v),
     }
     rows, blocks = [{**row, **base}], blocks_of(length, TILE)
-    own = lambda q, k, v, lists: sparse_attention(q, k, v, lists, implementation="triton")[0]
+    own = lambda q, k, v, lists: sparse_attention(q, k, v, lists)[0]
     forward, gradients = jax.jit(own), both(own)
     for share in SHARES:
         lists = random_causal(length, share)

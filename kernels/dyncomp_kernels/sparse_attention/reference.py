@@ -16,6 +16,8 @@ def allowed_of(
     causal: bool,
     offset: int = 0,
     real: Array | None = None,
+    window: int | None = None,
+    sink: int = 0,
 ) -> Array:
     """Which keys each query of each head sees, bool [b h t s]."""
     table = table_of(lists, blocks_of(s, lists.columns))
@@ -24,6 +26,9 @@ def allowed_of(
     mask = jnp.broadcast_to(mask, (b, heads, t, s))
     if causal:
         mask = mask & (jnp.arange(s)[None] <= offset + jnp.arange(t)[:, None])
+    if window is not None:
+        key, place = jnp.arange(s)[None], offset + jnp.arange(t)[:, None]
+        mask = mask & ((key > place - window) | (key < sink))
     return mask if real is None else mask & real[:, None, None, :]
 
 
@@ -36,12 +41,15 @@ def sparse_attention_reference(
     causal: bool = True,
     offset: int = 0,
     real: Array | None = None,
+    window: int | None = None,
+    sink: int = 0,
 ) -> tuple[Array, Array]:
     """``sparse_attention`` in the dtype of its arguments, by whole rows; zeros and -inf where a query sees nothing."""
     (b, t, h, p), s = q.shape, k.shape[1]
     repeat = lambda x: jnp.repeat(x, h // x.shape[2], axis=2)
     scores = jnp.einsum("bthp,bshp->bhts", q, repeat(k)) / jnp.sqrt(jnp.asarray(p, q.dtype))
-    seen = allowed_of(lists, b, t, s, h, causal=causal, offset=offset, real=real)
+    rule = {"causal": causal, "window": window, "sink": sink}
+    seen = allowed_of(lists, b, t, s, h, offset=offset, real=real, **rule)
     scores = jnp.where(seen, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0)), 0)

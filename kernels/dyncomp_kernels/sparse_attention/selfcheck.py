@@ -1,12 +1,13 @@
 """This machine's form against the definition in float64: ``python -m dyncomp_kernels.sparse_attention.selfcheck``.
 
-One line of JSON a problem: the worst error of output, log-sum-exp and the three gradients, each over the largest number
-of its array, or why the form does not take the problem. Ends with an error where one exceeds its limit. On a TPU and on
-CUDA the form is the platform's own, elsewhere the portable one.
+One line of JSON a form and problem: the worst error of output, log-sum-exp and the three gradients, each over the
+largest number of its array, or why the form does not take the problem. Ends with an error where one exceeds its limit.
+On a TPU and on CUDA the forms are the platform's own, elsewhere the portable one.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from typing import Any
@@ -18,6 +19,7 @@ from jax import Array
 
 from dyncomp_kernels.sparse_attention.api import KERNELS, sparse_attention, supports
 from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of, lists_of
+from dyncomp_kernels.sparse_attention.mosaic_gpu import on_hopper
 from dyncomp_kernels.sparse_attention.reference import sparse_attention_reference
 
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -38,6 +40,8 @@ class Problem:
     dtype: str
     padded: bool = False
     density: float = 0.5
+    causal: bool = True
+    window: int | None = None
 
     def lists(self) -> BlockLists:
         """Random, with a full and an empty row."""
@@ -53,6 +57,8 @@ PROBLEMS = [
     Problem(1000, 1100, 6, 2, 64, 6, 64, 64, "bfloat16", padded=True),
     Problem(1024, 2048, 4, 1, 128, 1, 512, 512, "bfloat16"),
     Problem(700, 900, 4, 4, 128, 1, 128, 256, "bfloat16", padded=True),
+    Problem(700, 900, 8, 2, 128, 8, 128, 128, "bfloat16", padded=True, window=200),
+    Problem(1000, 1100, 8, 2, 64, 1, 64, 128, "bfloat16", causal=False),
     Problem(700, 900, 4, 4, 128, 1, 128, 256, "float32", padded=True),
     Problem(512, 2048, 8, 2, 64, 2, 128, 64, "float32", density=0.1),
 ]
@@ -69,13 +75,14 @@ def errors(problem: Problem, implementation: Any = None) -> dict[str, float]:
     d_lse = jnp.asarray(rng.normal(size=q.shape[:3]), jnp.float32)
     real = jnp.asarray(rng.random((2, problem.s)) < 0.7) if problem.padded else None
     words = {"offset": problem.s - problem.t, "real": real}
+    rule = {"causal": problem.causal, "window": problem.window, "sink": 3}
     ours = functools.partial(sparse_attention, implementation=implementation)
-    found = jax.jit(functools.partial(_all, ours, **words))(q, k, v, lists, d_out, d_lse)
+    found = jax.jit(functools.partial(_all, ours, **words, **rule))(q, k, v, lists, d_out, d_lse)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         args = jax.tree.map(np.asarray, (q, k, v, lists, d_out, d_lse, words))
         wide = [jnp.asarray(x.astype(np.float64)) for x in (*args[:3], *args[4:6])]
         q, k, v, d_out, d_lse = wide
-        want = _all(sparse_attention_reference, q, k, v, args[3], d_out, d_lse, **args[6])
+        want = _all(sparse_attention_reference, q, k, v, args[3], d_out, d_lse, **args[6], **rule)
     names = "out", "lse", "d_q", "d_k", "d_v"
     return {n: _worst(own, exact) for n, own, exact in zip(names, found, want, strict=True)}
 
@@ -102,14 +109,22 @@ def _worst(own: Any, exact: Any) -> float:
     return float(np.abs(own[finite] - exact[finite]).max() / max(np.abs(exact[finite]).max(), 1e-9))
 
 
+def refusal(problem: Problem, form: str) -> str | None:
+    """Why a form does not take a problem, or None."""
+    like = jax.ShapeDtypeStruct((2, problem.t, problem.h, problem.p), problem.dtype)
+    keys = jax.ShapeDtypeStruct((2, problem.s, problem.g, problem.p), problem.dtype)
+    return supports(form, like, keys, problem.lists())
+
+
 def main() -> int:
     """Every problem; 1 where one fails."""
     failed, device = 0, jax.devices()[0]
     platform = "cuda" if device.platform == "gpu" else device.platform
-    form = KERNELS[platform][0] if platform in KERNELS else "xla"
-    for problem in PROBLEMS:
-        like = jax.ShapeDtypeStruct((2, problem.t, problem.h, problem.p), problem.dtype)
-        reason = supports(form, like, like, problem.lists())
+    forms = [*KERNELS.get(platform, ["xla"])]
+    if platform == "cuda" and not on_hopper():
+        forms.remove("mosaic_gpu")
+    for form, problem in itertools.product(forms, PROBLEMS):
+        reason = refusal(problem, form)
         found: dict[str, Any] = {"refused": reason} if reason else errors(problem, form)
         failed |= not reason and max(found.values()) > LIMITS[problem.dtype]
         line = {"device": device.device_kind, "form": form, **dataclasses.asdict(problem)}

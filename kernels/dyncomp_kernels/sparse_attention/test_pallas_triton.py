@@ -81,7 +81,7 @@ CHECKS = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
 
 def test_says_what_fits_and_refuses_the_rest():
     q, k, _, lists = shapes()
-    assert explain(q, k, lists)["cuda"] == "triton serves"
+    assert explain(q, k, lists)["cuda"].startswith("triton serves")
     assert "takes bfloat16" in explain(*shapes(dtype="float32")[:2], lists)["cuda"]
     assert "heads of 64" in explain(*shapes(p=80)[:2], lists)["cuda"]
     assert "multiples of 16" in explain(q, k, shapes(rows=8)[3])["cuda"]

@@ -1,0 +1,149 @@
+"""Hopper form (H100, H200): kernels of our own in Pallas on Mosaic GPU; bfloat16, sums in float32.
+
+Arrays are read and written where they are: nothing is transposed or copied but to pad what is no whole block.
+``selfcheck.py`` compares it with float64 on a real GPU, ``bench_gpu.py`` times it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dyncomp_kernels._compat import vary_like
+from dyncomp_kernels.sparse_attention import pallas_triton
+from dyncomp_kernels.sparse_attention.layout import Layout
+from dyncomp_kernels.sparse_attention.lists import BlockLists, transposed
+from dyncomp_kernels.sparse_attention.mosaic_backward import key_kernel, query_kernel
+from dyncomp_kernels.sparse_attention.mosaic_forward import forward_kernel
+from dyncomp_kernels.sparse_attention.mosaic_pieces import HALF, HALVES, HIDDEN, KEYS, PART, Plan
+from dyncomp_kernels.sparse_attention.scores import LOG2E, LOW
+from dyncomp_kernels.sparse_attention.xla import Seeing
+
+SMS = 132
+"""Multiprocessors of an H100 or H200 (SXM); with fewer the kernels are right but slower."""
+
+
+def supports(q: Any, k: Any, lists: BlockLists) -> str | None:
+    """None where the kernels take these shapes and dtypes, else the reason why not."""
+    n = q.shape[2] // max(lists.index.shape[1], k.shape[2]) * lists.rows
+    if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
+        return f"mosaic_gpu takes bfloat16, not {q.dtype} and {k.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"mosaic_gpu takes heads of 64 or 128, not {q.shape[-1]}"
+    if lists.unit not in (None, lists.columns):
+        return f"mosaic_gpu takes whole blocks, not spans at multiples of {lists.unit}"
+    if lists.rows % HALF or lists.columns % HALF:
+        return (
+            f"mosaic_gpu takes blocks in multiples of {HALF}, not {lists.rows} by {lists.columns}"
+        )
+    if n % (HALVES * HALF):
+        return f"mosaic_gpu takes {HALVES * HALF} queries of a block and group at a time, not {n}"
+    return None if lists.index.size else "mosaic_gpu takes lists that may hold a block"
+
+
+def on_hopper() -> bool:
+    """Whether programs are traced for an H100 or H200: the GPU that a mesh tells, else that of this machine."""
+    told = jax.sharding.get_abstract_mesh().abstract_device
+    here = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
+    return any(name in (told.device_kind if told else here) for name in ("H100", "H200"))
+
+
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    lists: BlockLists,
+    offset: Array,
+    real: Array | None,
+    seeing: Seeing,
+) -> tuple[Array, Array]:
+    """Output [b t h p] in the dtype of q, and log-sum-exp float32 [b t h]."""
+    size = Layout.of(q, k, lists, seeing)
+    plan, long = Plan(size, SMS), size.x * size.rows
+    queries, *rest = _padded(q, long), *_keys(plan, k, v, real)
+    args = offset.reshape(1), *by_length(_counts(lists.count, size)), lists.index, queries, *rest
+    outs = [(queries.shape, q.dtype), ((size.b, size.h, long), jnp.float32)]
+    out, lse = _call("sparse_attention_forward", forward_kernel, plan, outs, args)
+    return out[:, : size.t], lse[..., : size.t].swapaxes(1, 2)
+
+
+def backward(
+    saved: tuple[Array, ...], lists: BlockLists, offset: Array, real: Array | None,
+    d_out: Array, d_lse: Array, seeing: Seeing,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Gradients of q, k and v."""
+    q, k, v, out, lse = saved
+    size = Layout.of(q, k, lists, seeing)
+    if size.columns % KEYS:
+        return pallas_triton.backward(saved, lists, offset, real, d_out, d_lse, seeing)
+    plan, long = Plan(size, SMS), size.x * size.rows
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    shift = jnp.where(jnp.isfinite(lse), lse * LOG2E, -LOW)  # weights of a blind row are 0
+    shift, delta = lax.optimization_barrier(
+        (shift, delta)
+    )  # one pass each: else XLA transposes as it adds up
+    numbers = jnp.stack([_padded(x, long).swapaxes(1, 2) for x in (shift, delta)], axis=2)
+    streams = _padded(q, long), _padded(d_out.astype(q.dtype), long), numbers
+    keys = _keys(plan, k, v, real)
+    tables = by_length(_counts(lists.count, size))
+    args = offset.reshape(1), *tables, lists.index, *streams, *keys
+    outs = [(streams[0].shape, q.dtype)]
+    (d_q,) = _call("sparse_attention_query_gradient", query_kernel, plan, outs, args)
+    back = transposed(lists, size.y)
+    counts = jnp.broadcast_to(back.count, (size.b, size.u, size.y))
+    tables = by_length(counts.reshape(size.b, size.g, -1, size.y).sum(2))
+    args = offset.reshape(1), *tables, back.index, back.count, *streams, *keys
+    outs = [(keys[0].shape, k.dtype)] * 2
+    d_k, d_v = _call("sparse_attention_key_gradients", key_kernel, plan, outs, args)
+    return d_q[:, : size.t], d_k[:, : size.s], d_v[:, : size.s]
+
+
+def by_length(counts: Array) -> tuple[Array, Array]:
+    """Blocks as flat indices, those with the longest lists first, and the lengths of their lists."""
+    flat = counts.reshape(-1).astype(jnp.int32)
+    order = jnp.argsort(flat, descending=True).astype(jnp.int32)
+    return order, flat[order]
+
+
+def _counts(count: Array, size: Layout) -> Array:
+    return jnp.broadcast_to(count, (size.b, size.u, size.x))
+
+
+def _keys(plan: Plan, k: Array, v: Array, real: Array | None) -> list[Array]:
+    """Keys and values in whole blocks, and the marks of padding (`mosaic_pieces.masked`)."""
+    long = plan.size.y * plan.size.columns
+    found = [_padded(x, long) for x in (k, v)]
+    if real is not None:
+        shown, place = _padded(real, long), jnp.arange(long, dtype=jnp.int32)
+        some = ~shown.reshape(plan.size.b, -1, plan.keys).all(-1)
+        found += [jnp.where(shown, place, HIDDEN), some.astype(jnp.int32)]
+    return found
+
+
+def _padded(x: Array, length: int) -> Array:
+    """[b s ..] with zeros at the end."""
+    spare = length - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, spare), *[(0, 0)] * (x.ndim - 2))) if spare else x
+
+
+def _call(name: str, body: Any, plan: Plan, outs: list[Any], args: Any) -> list[Array]:
+    """Runs a kernel in persistent blocks of three warpgroups."""
+    body = functools.partial(body, plan)
+    body.__name__ = name  # pyrefly: ignore
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(jax.ShapeDtypeStruct(*out) for out in outs),
+        grid=(plan.sms,),
+        grid_names=("sm",),
+        num_threads=HALVES + 1,
+        thread_name=PART,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+    )
+    return [vary_like(x, *args) for x in kernel(*args)]
