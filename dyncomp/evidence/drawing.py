@@ -22,6 +22,10 @@ def figures_of(results: Mapping[str, Any], arm: str) -> list[dict[str, float]]:
     return [run["arms"][arm]["figures"] for run in results["runs"]]
 
 
+CROWD = 8
+"""Arms whose legend would hide the points."""
+
+
 def plane(
     results: Mapping[str, Any],
     labels: Mapping[str, str],
@@ -47,13 +51,16 @@ def plane(
         pairs = np.asarray([(f[x[0]], f[y[0]]) for f in figures_of(results, arm)])
         means[arm] = pairs.mean(axis=0)
         axes.plot(*pairs.T, ".", color=f"C{index}", alpha=0.4)
-        axes.plot(*means[arm], "o", color=f"C{index}", label=label)
+        axes.plot(*means[arm], "os^v"[index // 10 % 4], color=f"C{index}", label=label)
     for joined, style in ((line or (), "-"), (sweep, ":")):
         if joined:
             points = np.asarray([means[arm] for arm in joined]).T
             axes.plot(*points, style, color="0.6", lw=1, zorder=0)
     axes.set(xlabel=x[1], ylabel=y[1])
-    axes.legend(fontsize=8)
+    if len(labels) > CROWD:
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    else:
+        axes.legend(fontsize=8)
     save(figure, path)
 
 
