@@ -69,7 +69,8 @@ def transfer(results: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="largest change of a pixel, of 255", title=f"tried on the {target} network")
         axes.set(xticks=EPS, ylim=(-3, 103))
     panels[0].set_ylabel("answers changed, percent of images\nthat both get right")
-    panels[0].legend(fontsize=8, loc="center right")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, 0.0))
     _save(figure, path)
 
 
