@@ -12,6 +12,9 @@ from dyncomp.launch.machine import Machine
 LONGEST_NAME = 35
 """xpk takes 40, Kubernetes 63 for a pod, to whose name JobSet adds; and points are numbered."""
 
+SHORTEST_MINUTES = 5
+"""Of a job: a shorter one would be told to save before it has made progress, again and again."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
@@ -78,9 +81,10 @@ class Job:
             raise DyncompError(
                 f"--name {self.name!r}: use small letters, digits and dashes, {LONGEST_NAME} at most"
             )
-        for option in ("minutes", "at_once"):
-            if (value := getattr(self, option)) is not None and value < 1:
-                raise DyncompError(f"{option.replace('_', ' ')}: {value}; use 1 or more")
+        if self.minutes is not None and self.minutes < SHORTEST_MINUTES:
+            raise DyncompError(
+                f"--minutes {self.minutes}: use {SHORTEST_MINUTES} or more; the last two are for saving"
+            )
         if self.max_restarts is not None and self.max_restarts < 0:
             raise DyncompError(f"--max-restarts {self.max_restarts}: use 0 or more")
         if self.storage and not PurePosixPath(self.workdir).is_relative_to(self.storage.path):

@@ -68,8 +68,8 @@ def test_a_source_may_hold_colons():
 def test_jobs_that_would_find_nothing_or_have_no_name(make):
     with pytest.raises(DyncompError, match="is not below /elsewhere"):
         make("jobset", storage="claim:/elsewhere")
-    with pytest.raises(DyncompError, match="use 1 or more"):
-        make("slurm", minutes=0)
+    with pytest.raises(DyncompError, match="--minutes 4: use 5 or more"):
+        make("slurm", minutes=4)
     with pytest.raises(DyncompError, match="--max-restarts -1"):
         make("sky", max_restarts=-1)
 
