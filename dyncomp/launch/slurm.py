@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dyncomp.core.errors import PREEMPTED
 from dyncomp.launch.job import Job, Submission
 from dyncomp.launch.machine import Machine
+from dyncomp.launch.processes import under_slurm
 
 SECONDS_TO_SAVE = 120
 """Between the signal and the end of a job's time."""
@@ -64,7 +65,7 @@ def _lines(job: Job) -> Iterator[str]:
     yield "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
     for number, arguments in enumerate(job.points):
-        yield f"{number}) set -- {shlex.join(arguments)} ;;"
+        yield f"{number}) set -- {shlex.join([*arguments, *under_slurm(job.machine)])} ;;"
     yield "esac"
     yield f'srun {shlex.quote(sys.executable)} -m dyncomp "$@"'
     yield from REQUEUE

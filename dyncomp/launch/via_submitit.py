@@ -8,6 +8,7 @@ from typing import Any
 from dyncomp.core.errors import PREEMPTED, DyncompError
 from dyncomp.launch import slurm
 from dyncomp.launch.job import Job, Submission
+from dyncomp.launch.processes import under_slurm
 
 
 def task(arguments: Sequence[str]) -> None:
@@ -94,4 +95,5 @@ def submit(job: Job) -> list[Any]:
     Returns:
       A `submitit.Job` for each.
     """
-    return executor(job).map_array(task, job.points)
+    points = [[*arguments, *under_slurm(job.machine)] for arguments in job.points]
+    return executor(job).map_array(task, points)

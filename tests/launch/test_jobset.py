@@ -81,4 +81,9 @@ def test_processes_find_each_other(documents):
     assert text.endswith(
         ' --coordinator "test-1-train-0-0.test-1:8476" --processes "2" --process "$JOB_COMPLETION_INDEX"'
     )
-    assert "--process" not in pod(documents("jobset", "v5e:4x4")[0])["containers"][0]["command"][-1]
+    tpus = pod(documents("jobset", "v5e:4x4")[0])["containers"][0]["command"][-1]
+    assert tpus.endswith(" --distributed")  # the machines of a slice know of each other
+    assert (
+        "--distributed"
+        not in pod(documents("jobset", "v5e:2x2")[0])["containers"][0]["command"][-1]
+    )

@@ -76,6 +76,11 @@ def test_each_task_runs_its_point(task, written, make, run):
     assert found.code == 0 and found.scontrol == ""
 
 
+def test_several_tasks_are_told_to_join(written, make, run):
+    found = run(written("slurm", "gpu:2"), 0, 0).srun.splitlines()
+    assert found[3:] == [*make("slurm").points[0], "--distributed"]
+
+
 @pytest.mark.parametrize("name", ["slurm", "submitit"])
 @pytest.mark.parametrize(("code", "again"), [(75, "requeue 7\n"), (1, ""), (137, "")])
 def test_only_a_saved_run_is_queued_again(name, code, again, written, run):

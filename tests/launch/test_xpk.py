@@ -20,7 +20,7 @@ def test_a_workload_a_point(make):
     assert first["--tpu-type"] == "v5litepod-4x4" and first["--cluster"] == "c"
     assert first["--restart-on-exit-codes"] == "75" and first["--max-restarts"] == "9"
     assert first["--storage"] == "fuse"
-    assert shlex.split(first["--command"]) == ["exec", "dyncomp", *job.points[0]]
+    assert shlex.split(first["--command"]) == ["exec", "dyncomp", *job.points[0], "--distributed"]
 
 
 def test_gpus(make):
