@@ -45,7 +45,7 @@ def task(job: Job, name: str, arguments: Sequence[str]) -> dict[str, Any]:
         "num_nodes": 1 if job.machine.family == "tpu" else job.machine.hosts,
         "resources": _resources(job),
         "file_mounts": {str(job.storage.path): mount},
-        "run": f"dyncomp {shlex.join(arguments)}{joined}\n",
+        "run": f"dyncomp {shlex.join(arguments)}{joined}",
     }
 
 
@@ -75,4 +75,4 @@ def _code(job: Job) -> dict[str, str]:
     if not Path("constraints.txt").is_file():
         raise DyncompError("engine sky: give --image, or launch from a checkout of dyncomp")
     extra = "" if job.machine.family == "cpu" else f"[{job.machine.family}]"
-    return {"workdir": ".", "setup": f"pip install '.{extra}' -c constraints.txt\n"}
+    return {"workdir": ".", "setup": f"pip install '.{extra}' -c constraints.txt"}

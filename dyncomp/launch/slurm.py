@@ -61,8 +61,8 @@ def _lines(job: Job) -> Iterator[str]:
     }.items():
         yield f"#SBATCH --{name}" + ("" if value is None else f"={shlex.quote(value)}")
     yield ""
-    # srun does not take this one over from sbatch.
-    yield "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
+    # srun does not take this one over from sbatch, and refuses it beside others where it was not asked for.
+    yield 'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi'
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
     for number, arguments in enumerate(job.points):
         yield f"{number}) set -- {shlex.join([*arguments, *under_slurm(job.machine)])} ;;"

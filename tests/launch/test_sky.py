@@ -66,4 +66,4 @@ def test_without_an_image_the_checkout_is_installed(documents, tmp_path, monkeyp
     (tmp_path / "constraints.txt").touch()
     document = documents("sky", "v6e:4x4", image=None)[0]
     assert document["workdir"] == "." and "image_id" not in document["resources"]
-    assert document["setup"] == "pip install '.[tpu]' -c constraints.txt\n"
+    assert document["setup"] == "pip install '.[tpu]' -c constraints.txt"
