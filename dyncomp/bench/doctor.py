@@ -18,18 +18,17 @@ from dyncomp.core.aux import flatten
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.plans import RoutePlan
 from dyncomp.models import apply
+from dyncomp.parallel import roofline
 from dyncomp.tasks.loader import Loader
 from dyncomp.training import Run, Suite
 from dyncomp.training.engine import Engine
 from dyncomp.training.restore import load as load_workdir
 
 CHIPS: Mapping[str, tuple[float, float]] = {
-    "v5e": (197e12, 0.82e12),
-    "v5p": (459e12, 2.77e12),
-    "v6e": (918e12, 1.64e12),
+    **{name: (chip.flops, chip.memory) for name, chip in roofline.CHIPS.items()},
     "h100": (989e12, 3.35e12),
 }
-"""Vendors' peak bfloat16 FLOPs a second and memory bytes a second."""
+"""Vendors' peak bfloat16 FLOPs a second and memory bytes a second of a device."""
 
 LARGEST = 200_000_000
 """Parameters of a model that is run; larger ones are judged by shapes."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dyncomp
+from dyncomp.cli.output import split_overrides
 from dyncomp.core.errors import DyncompError, Preempted
 from dyncomp.core.heap import keep_freed_memory
 
@@ -21,6 +22,7 @@ COMMANDS = (
     "train_exits",
     "reproduce",
     "sweep",
+    "launch",
     "bench",
     "compile_run",
     "report",
@@ -41,13 +43,6 @@ def parser() -> argparse.ArgumentParser:
     for name in COMMANDS:
         importlib.import_module(f"dyncomp.cli.{name}").add(commands)
     return top
-
-
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes ``--gin.NAME=VALUE`` out of the arguments: (the other arguments, the ``NAME=VALUE`` texts)."""
-    prefix = "--gin."
-    rest = [a for a in argv if not a.startswith(prefix)]
-    return rest, [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

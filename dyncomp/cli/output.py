@@ -26,6 +26,13 @@ def command(
     return made
 
 
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes ``--gin.NAME=VALUE`` out of the arguments: (the other arguments, the ``NAME=VALUE`` texts)."""
+    prefix = "--gin."
+    rest = [a for a in argv if not a.startswith(prefix)]
+    return rest, [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
+
+
 def json_flag(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON for programs")

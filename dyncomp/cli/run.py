@@ -7,10 +7,8 @@ from typing import Any
 
 from dyncomp.cli.executed import executed, said
 from dyncomp.cli.output import command, json_flag, print_json, results, workdir_flag
-from dyncomp.core.errors import DyncompError
+from dyncomp.core.errors import PREEMPTED, DyncompError
 
-PREEMPTED = 75
-"""What tells a scheduler to start the command again (EX_TEMPFAIL)."""
 TRACKERS = ("jsonl", "tensorboard", "wandb")
 
 

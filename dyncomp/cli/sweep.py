@@ -1,4 +1,4 @@
-"""``dyncomp sweep``: a grid over bindings, as local processes of ``dyncomp run``; resumable."""
+"""``dyncomp sweep``: a grid over bindings, as processes of ``dyncomp run`` here or jobs of a scheduler; resumable."""
 
 import argparse
 import ast
@@ -15,14 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dyncomp.cli.launch import engine_flags, launch, refuse_without_engine, workdir
 from dyncomp.cli.output import command, json_flag, print_json, table, workdir_flag
-from dyncomp.cli.run import PREEMPTED
-from dyncomp.core.errors import DyncompError, Preempted
+from dyncomp.core.errors import PREEMPTED, DyncompError, Preempted
 
 
 def add(commands: Any) -> None:
     """Adds the command."""
-    about = "Run every point of a grid over bindings; points that have finished are skipped."
+    about = (
+        "Run every point of a grid over bindings, here or, with --engine, as jobs of a scheduler; points that have "
+        "finished are skipped."
+    )
     example = "dyncomp sweep quickstart --grid training.Run.seed=0,1,2 --grid STEPS=100,200"
     parser = command(commands, "sweep", _main, about, example)
     parser.add_argument("config", help="a shipped name or a path")
@@ -30,9 +33,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--grid", action="append", required=True, metavar="NAME=A,B,..", help=grid_help
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    jobs_help = "runs at a time (default: 1 here, no limit under slurm and submitit)"
+    parser.add_argument("--jobs", type=int, help=jobs_help)
     parser.add_argument("--quick", action="store_true", help="smoke runs")
     workdir_flag(parser, "runs/CONFIG_sweep")
+    engine_flags(parser, required=False)
     json_flag(parser)
 
 
@@ -94,25 +99,31 @@ def _closed(text: str) -> bool:
 def _main(args: argparse.Namespace) -> int:
     from dyncomp import config
 
-    if args.jobs < 1:
+    if args.jobs is not None and args.jobs < 1:
         raise DyncompError(f"--jobs {args.jobs}: write 1 or more")
+    if not args.engine:
+        refuse_without_engine(args)
     points = grid(args.grid)
     for point in points:
         problems = config.check(args.config, [*args.overrides, *_bindings(point)])
         if problems:
             raise config.ConfigError(problems)
-    workdir = Path(args.workdir or Path("runs") / f"{Path(args.config).stem}_sweep")
-    folders = [workdir / folder(point) for point in points]
+    place = workdir(args, f"{Path(args.config).stem}_sweep")
+    folders = [place / folder(point) for point in points]
     if len(set(folders)) < len(folders):
         raise DyncompError("--grid: two points would share a folder; write their values apart")
     flags = [f"--gin.{o}" for o in args.overrides] + (["--quick"] if args.quick else [])
-    rows = _Runs(args.config, flags, show=not args.json).all(points, folders, args.jobs)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print_json(rows) if args.json else _show(workdir, rows)
+    runs = _Runs(args.config, flags, show=not args.json)
+    if args.engine:
+        launch(args, runs.open(points, folders), place, args.jobs)
+        return 0
+    rows = runs.all(points, folders, args.jobs or 1)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print_json(rows) if args.json else _show(place, rows)
     codes = {row["exit_code"] for row in rows}
     if PREEMPTED in codes:
-        raise Preempted(f"stopped and saved in {workdir}; the same command continues", PREEMPTED)
+        raise Preempted(f"stopped and saved in {place}; the same command continues", PREEMPTED)
     return int(codes != {0})
 
 
@@ -138,6 +149,18 @@ class _Runs:
             except BaseException:
                 self.stop()
                 raise
+
+    def open(self, points: list[dict], folders: list[Path]) -> list[list[str]]:
+        """Arguments of ``dyncomp`` for every point that has not finished.
+
+        Raises:
+          DyncompError: all have, or a folder holds a finished run of other arguments.
+        """
+        pairs = list(zip(points, folders, strict=True))
+        found = [self.arguments(*pair) for pair in pairs if not self.finished(*pair)]
+        if not found:
+            raise DyncompError("every point has finished; nothing to launch")
+        return found
 
     @contextlib.contextmanager
     def forward_sigterm(self) -> Iterator[None]:

@@ -40,11 +40,13 @@ class Traffic:
       sites: places in the program.
       runs: executions a step; a loop of unknown length counts once.
       bytes: bytes of results on one device a step, same caveat.
+      sent: bytes that one device sends a step by a ring algorithm, same caveat.
     """
 
     sites: int = 0
     runs: int = 0
     bytes: int = 0
+    sent: int = 0
 
 
 def collectives(text: str) -> dict[str, Traffic]:
@@ -52,22 +54,40 @@ def collectives(text: str) -> dict[str, Traffic]:
     computations = _computations(text)
     times = _executions(computations)
     fused = {f for lines in computations.values() for _, line in lines for f in _fusions(line)}
-    best: dict[tuple[str, str], tuple[int, int]] = {}
+    everyone = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
+    best: dict[tuple[str, str], tuple[int, int, int]] = {}
     for name, lines in computations.items():
         for label, line in lines:
             if found := _COLLECTIVE.search(line):
                 channel = re.search(r"channel_id=(\d+)", line)
                 alone = channel is None or (channel.group(1) == "1" and name not in fused)
                 key = (found.group(1), label if alone else channel.group(1))
-                size = (times.get(name, 1), _result_bytes(line[: found.start()]))
-                best[key] = max(best.get(key, (0, 0)), size)
+                bytes_ = _result_bytes(line[: found.start()])
+                size = (times.get(name, 1), bytes_, _group(line, everyone))
+                best[key] = max(best.get(key, (0, 0, 0)), size)
     out: dict[str, Traffic] = {}
-    for (kind, _), (runs, size) in best.items():
+    for (kind, _), (runs, size, group) in best.items():
         traffic = out.setdefault(kind, Traffic())
         traffic.sites += 1
         traffic.runs += runs
         traffic.bytes += runs * size
+        traffic.sent += runs * _sent(kind, size, group)
     return dict(sorted(out.items()))
+
+
+def _group(line: str, everyone: int) -> int:
+    """Devices that take part in a collective together: ``{{0,1},{2,3}}`` and ``[2,2]<=[4]`` both say two."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(counted[1])
+    return everyone
+
+
+def _sent(kind: str, size: int, group: int) -> int:
+    """Bytes that one of ``group`` devices sends for a result of ``size`` bytes, pieces going round a ring."""
+    pieces = {"all-reduce": 2, "reduce-scatter": group, "collective-permute": 0}.get(kind, 1)
+    return size * pieces * (group - 1) // group if pieces else size
 
 
 def kernels(text: str) -> dict[str, int]:

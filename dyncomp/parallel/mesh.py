@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dyncomp.core.errors import DyncompError
 
@@ -77,7 +77,7 @@ class MeshSpec:
         return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Refuses a global batch that the mesh cannot split evenly.
 
     Raises:

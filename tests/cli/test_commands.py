@@ -10,8 +10,8 @@ from terminal import ONE, cli, spawn
 from dyncomp import config as configs
 
 COMMANDS = (
-    "list", "config show", "config check", "run", "eval", "generate", "train-exits", "reproduce", "sweep", "bench",
-    "compile", "report",
+    "list", "config show", "config check", "run", "eval", "generate", "train-exits", "reproduce", "sweep", "launch",
+    "bench", "compile", "report",
 )  # fmt: skip
 CLAIMS = """
 [[claim]]

@@ -31,20 +31,20 @@ HloModule m, entry_computation_layout={()->f32[]}
 %body (p.1: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p.1 = (s32[], f32[8]) parameter(0)
   %x = f32[8]{0} get-tuple-element(%p.1), index=1
-  %ag = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, dimensions={0}
+  %ag = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
   %my_kernel.7 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call"
   ROOT %t = (s32[], f32[8]) tuple(%p.1)
 }
 
 %piece (q: f32[8]) -> bf16[4,8] {
-  ROOT %ag.2 = bf16[4,8]{1,0} all-gather(%q), channel_id=3, dimensions={0}
+  ROOT %ag.2 = bf16[4,8]{1,0} all-gather(%q), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
 }
 
 ENTRY %main (a: f32[8]) -> f32[] {
   %a = f32[8]{0} parameter(0)
   %w = (s32[], f32[8]) while(%a), condition=%cond, body=%body
   %f = bf16[4,8]{1,0} fusion(%a), kind=kCustom, calls=%piece
-  %ars = ((f32[8], f32[2,2]), (f32[8], f32[2,2])) all-reduce-start(%a, %a), channel_id=9
+  %ars = ((f32[8], f32[2,2]), (f32[8], f32[2,2])) all-reduce-start(%a, %a), channel_id=9, replica_groups={{0,1},{2,3}}
   %ard = (f32[8], f32[2,2]) all-reduce-done(%ars)
   ROOT %r = f32[] custom-call(%a), custom_call_target="Sharding"
 }
@@ -54,8 +54,10 @@ ENTRY %main (a: f32[8]) -> f32[] {
 def test_collectives_are_counted_by_trips_and_channels():
     found = hlo.collectives(TEXT)
     assert found == {
-        "all-gather": hlo.Traffic(sites=1, runs=5, bytes=5 * 4 * 8 * 2),
-        "all-reduce": hlo.Traffic(sites=1, runs=1, bytes=(8 + 4) * 4),
+        "all-gather": hlo.Traffic(
+            sites=1, runs=5, bytes=5 * 4 * 8 * 2, sent=5 * 4 * 8 * 2 * 3 // 4
+        ),
+        "all-reduce": hlo.Traffic(sites=1, runs=1, bytes=(8 + 4) * 4, sent=2 * (8 + 4) * 4 // 2),
     }
     assert hlo.kernels(TEXT) == {"my_kernel": 1}
 
@@ -70,7 +72,7 @@ ENTRY %main (a: f32[8]) -> f32[] {{
 }}
 """
     assert hlo.collectives(text) == {
-        "all-to-all": hlo.Traffic(sites=2, runs=2, bytes=2 * 8 * 4 * 2)
+        "all-to-all": hlo.Traffic(sites=2, runs=2, bytes=2 * 8 * 4 * 2, sent=8 * 4 * 2)
     }
 
 
@@ -89,7 +91,8 @@ def test_a_real_program_has_the_collectives_it_must_have():
     )
     shapes = jax.ShapeDtypeStruct((16, 8), "float32"), jax.ShapeDtypeStruct((8, 8), "float32")
     found = hlo.collectives(split.lower(*shapes).compile().as_text())
-    assert found["all-reduce"] == hlo.Traffic(sites=1, runs=6, bytes=6 * 16 * 8 * 4)
+    size = 6 * 16 * 8 * 4
+    assert found["all-reduce"] == hlo.Traffic(sites=1, runs=6, bytes=size, sent=size * 2 * 3 // 4)
 
 
 def make_run(ffn, layers=3, **fields):

@@ -1,0 +1,93 @@
+"""Which mesh of a machine: those worth compiling, and the order of what was compiled."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from dyncomp.core.errors import DyncompError
+from dyncomp.parallel.aot import Program
+from dyncomp.parallel.mesh import AXES, BATCH_AXES, MeshSpec
+from dyncomp.parallel.report import GIB, CompileReport
+from dyncomp.parallel.roofline import predict
+from dyncomp.parallel.rules import make_rules
+from dyncomp.parallel.shardings import shardings_for
+from dyncomp.parallel.topology import Topology
+
+
+def candidates(run: Any, where: Topology) -> list[MeshSpec]:
+    """Meshes that divide the batch and every parameter, on which a device holds its part of the state.
+
+    Args:
+      run: `dyncomp.training.Run`.
+      where: devices, and the memory of one.
+
+    Raises:
+      DyncompError: there is none; says what stood in the way of one.
+    """
+    program = run.program()
+    rules = run.mesh.rules if run.mesh else None
+    batch = run.batch_size // run.accumulate
+    found, reason = [], f"none divides a batch of {batch}"
+    for sizes in meshes(len(where.devices), batch, _has_experts(program)):
+        spec = MeshSpec(**sizes, rules=rules)
+        try:
+            held = state_bytes(program, spec, where)
+        except DyncompError as error:
+            reason = str(error)
+            continue
+        if where.memory is None or held <= where.memory:
+            found.append(spec)
+        else:
+            reason = f"the state alone takes {held / GIB:.0f} GiB a device"
+    if not found:
+        raise DyncompError(f"no mesh of {where.name} will do: {reason}")
+    return found
+
+
+def meshes(devices: int, batch: int, experts: bool) -> Iterator[dict[str, int]]:
+    """Every split of ``devices`` over the axes whose parts divide the batch; the expert axis only if asked for."""
+    for sizes in _factors(devices, AXES):
+        parts = math.prod(sizes[axis] for axis in BATCH_AXES)
+        if batch % parts == 0 and (experts or sizes["expert"] == 1):
+            yield sizes
+
+
+def _factors(number: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Every way to write a number as a product of one factor an axis."""
+    if len(axes) == 1:
+        yield {axes[0]: number}
+        return
+    for size in (size for size in range(1, number + 1) if number % size == 0):
+        yield from ({axes[0]: size, **rest} for rest in _factors(number // size, axes[1:]))
+
+
+def _has_experts(program: Program) -> bool:
+    is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)
+    leaves = jax.tree.leaves(program.boxed, is_leaf=is_box)
+    return any("expert" in leaf.names for leaf in leaves if is_box(leaf))
+
+
+def state_bytes(program: Program, spec: MeshSpec, where: Topology) -> int:
+    """Bytes of the training state on one device: parameters, moments, averages.
+
+    Raises:
+      DyncompError: the mesh does not divide a parameter.
+    """
+    mesh = spec.build(where.devices)
+    places, _ = shardings_for(program.boxed, program.state, mesh, make_rules(spec.rules))
+    part = lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(part, program.state, places)))
+
+
+def ranked(reports: Sequence[CompileReport]) -> list[CompileReport]:
+    """Best first: those that fit, by predicted time; then the others."""
+
+    def key(report: CompileReport) -> tuple[bool, float, float]:
+        found = predict(report)
+        times = (found.overlapped, found.apart) if found else (math.inf, math.inf)
+        return (report.fits is False, *times)
+
+    return sorted(reports, key=key)

@@ -1,0 +1,162 @@
+"""The model of a step's time against numbers by hand; meshes that are tried; what the command prints."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+
+from dyncomp import attention, experts, models, routers, tasks
+from dyncomp.cli.compile_run import mesh_of
+from dyncomp.cli.main import main
+from dyncomp.core.errors import DyncompError
+from dyncomp.parallel import MeshSpec, hlo
+from dyncomp.parallel.report import CompileReport, Memory
+from dyncomp.parallel.roofline import predict, said
+from dyncomp.parallel.search import candidates, meshes, ranked, state_bytes
+from dyncomp.parallel.topology import find
+from dyncomp.training.optimizers import AdamW
+from dyncomp.training.run import Run
+
+GIB = 2**30
+
+
+def report(flops=197e9, arguments=0, sent=0, fits=True, topology="v5e:4x4") -> CompileReport:
+    memory = Memory(
+        arguments=arguments, outputs=0, temporaries=0, aliased=0, code=0, peak=arguments
+    )
+    return CompileReport(
+        topology=topology,
+        mesh={"data": 16},
+        devices=16,
+        device_memory=16 * GIB,
+        memory=memory,
+        fits=fits,
+        ledger_flops=int(flops),
+        collectives={"all-gather": hlo.Traffic(1, 1, sent, sent)},
+    )
+
+
+def test_the_three_bounds_by_hand():
+    """A v5e: 197 TFLOP/s, 820 GB/s; 400 GB/s on four links, both ways: 100 GB/s sent along one of two dimensions."""
+    found = predict(report(flops=197e9, arguments=int(1.64e9), sent=int(3e8)))
+    assert found.compute == pytest.approx(1e-3)
+    assert found.memory == pytest.approx(2e-3)
+    assert found.interconnect == pytest.approx(3e-3)
+    assert found.binds == "interconnect"
+    assert (found.overlapped, found.apart) == pytest.approx((3e-3, 6e-3))
+    told = said(report(flops=197e9, arguments=int(1.64e9), sent=int(3e8)))
+    assert told == "interconnect binds: 3.00 to 6.00 ms a step (model)"
+
+
+def test_a_device_of_two_on_a_chip_has_half_of_it():
+    whole = predict(report(topology="v4:2x2x1", flops=137.5e9))
+    assert whole.compute == pytest.approx(1e-3)
+
+
+def test_where_there_is_no_model():
+    assert predict(report(topology="cpu:4")) is None
+    assert predict(dataclasses.replace(report(), ledger_flops=None)) is None
+    refused = dataclasses.replace(report(fits=False), memory=None, refused="too large")
+    assert predict(refused) is None and said(refused) == ""
+
+
+def test_what_fits_comes_first_then_what_is_faster():
+    slow, fast, large = report(flops=2e12), report(flops=1e12), report(flops=1e9, fits=False)
+    assert ranked([large, slow, fast]) == [fast, slow, large]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "group", "sent"),
+    [
+        ("all-gather", 80, 4, 60),
+        ("reduce-scatter", 20, 4, 60),
+        ("all-reduce", 80, 4, 120),
+        ("all-to-all", 80, 4, 60),
+        ("collective-permute", 80, 4, 80),
+        ("all-gather", 80, 1, 0),
+    ],
+)
+def test_what_a_ring_sends(kind, size, group, sent):
+    assert hlo._sent(kind, size, group) == sent
+
+
+def make_run(ffn, **fields) -> Run:
+    mixer = functools.partial(attention.Attention, heads=4, kv_heads=2)
+    groups = [models.Group([functools.partial(models.Block, mixer=mixer, ffn=ffn)], 1)]
+    model = models.DecoderLM(vocab_size=64, d_model=64, groups=groups)
+    return Run(
+        model=model, task=tasks.CodeLM(context=32), optimizer=AdamW(learning_rate=1e-3), steps=1,
+        **{"batch_size": 4, **fields},
+    )  # fmt: skip
+
+
+DENSE = functools.partial(experts.SwiGLU, hidden=96)
+MOE = functools.partial(
+    experts.MoE, router=functools.partial(routers.TopK, k=1), num_experts=4, hidden=48
+)
+
+
+def test_meshes_divide_the_batch():
+    found = list(meshes(4, batch=4, experts=False))
+    assert len(found) == 6  # data, fsdp and tensor share 2 x 2
+    assert all(math.prod(sizes.values()) == 4 and sizes["expert"] == 1 for sizes in found)
+    assert len(list(meshes(4, batch=4, experts=True))) == 10
+    assert [sizes["tensor"] for sizes in meshes(4, batch=1, experts=True)] == [4]
+
+
+def test_candidates_divide_the_parameters():
+    """Two heads of keys: four parts of a tensor axis do not divide them."""
+    found = candidates(make_run(DENSE), find("cpu:4"))
+    assert {spec.tensor for spec in found} == {1, 2} and len(found) == 5
+    assert {spec.expert for spec in candidates(make_run(MOE), find("cpu:4"))} == {1, 2, 4}
+    with pytest.raises(DyncompError, match="no mesh of cpu:4 will do: .*tensor=4"):
+        candidates(make_run(DENSE, batch_size=1), find("cpu:4"))
+
+
+def test_candidates_hold_their_part_of_the_state():
+    run, where = make_run(DENSE), find("cpu:4")
+    program = run.program()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
+    assert state_bytes(program, MeshSpec(data=4), where) == whole
+    assert state_bytes(program, MeshSpec(data=1, fsdp=4), where) == pytest.approx(
+        whole / 4, rel=0.01
+    )
+    small = dataclasses.replace(where, memory=whole - 1)
+    assert all(spec.data < 4 for spec in candidates(run, small))
+    with pytest.raises(DyncompError, match="the state alone takes|not a multiple"):
+        candidates(run, dataclasses.replace(where, memory=1))
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=", "fsdp=x", "fdsp=2", "fsdp=2,fsdp=2"])
+def test_meshes_that_are_none(text):
+    with pytest.raises(DyncompError, match="write AXIS=N"):
+        mesh_of(text)
+    assert mesh_of("fsdp=4,tensor=2") == MeshSpec(fsdp=4, tensor=2)
+
+
+tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler")
+
+
+@tpu
+@pytest.mark.peers
+def test_two_meshes_side_by_side(capsys):
+    words = [
+        "compile",
+        "quickstart",
+        "--topology",
+        "v5e:2x2",
+        "--mesh",
+        "data=4",
+        "--mesh",
+        "fsdp=4",
+    ]
+    assert main([*words, "--json"]) == 0
+    data, fsdp = json.loads(capsys.readouterr().out)
+    assert data["mesh"]["data"] == fsdp["mesh"]["fsdp"] == 4
+    # The state is split in the second; both say what binds.
+    assert fsdp["memory"]["arguments"] < data["memory"]["arguments"]
+    assert all(found["model"]["apart"] > found["model"]["overlapped"] for found in (data, fsdp))
