@@ -126,7 +126,12 @@ def ended(parent: subprocess.Popen, index: int, processes: int) -> tuple[float, 
 
 
 def through_faults(
-    folder: Path, kinds: Sequence[str], *, processes: int = PROCESSES, seed: int = 0
+    folder: Path,
+    kinds: Sequence[str],
+    *,
+    processes: int = PROCESSES,
+    most_steps: int = MOST_STEPS,
+    seed: int = 0,
 ) -> Result:
     """Trains once undisturbed and once through a fault of each of ``kinds``, in order, and compares.
 
@@ -134,18 +139,19 @@ def through_faults(
       folder: gets both work directories.
       kinds: of `KINDS`.
       processes: of the job.
+      most_steps: that a job takes before its fault.
       seed: of the moments and of the processes hit.
     """
     from dyncomp.bench.kills import differences
 
     draw, seconds, wrong = random.Random(seed), [], []
     config = folder / "faults.gin"
-    config.write_text(CONFIG.format(steps=2 * MOST_STEPS * (len(kinds) + 1)))
+    config.write_text(CONFIG.format(steps=2 * most_steps * (len(kinds) + 1)))
     _finish(job(config, folder / "whole", processes))
     for kind in kinds:
         metrics = folder / "killed" / "metrics.jsonl"
         before, parent = _inode(metrics), job(config, folder / "killed", processes)
-        _await(parent, metrics, before, draw.randint(1, MOST_STEPS))
+        _await(parent, metrics, before, draw.randint(1, most_steps))
         took, found = ended(parent, hit(kind, parent, processes, draw), processes)
         seconds.append(took)
         wrong += [f"{kind}: {what}" for what in found]

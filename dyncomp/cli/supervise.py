@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from dyncomp.cli.job import STREAMS, Place
+from dyncomp.core.workdir import newest_step
 
 POLL_SECONDS = 0.1
 STOPPED_SECONDS = 20
@@ -189,18 +190,17 @@ def _line(child: Child, why: str, workdir: Path) -> str:
 
 def lost_in(log: str) -> int | None:
     """Which process the runtime's last words call lost; None where they name none."""
-    if found := re.search(r"unhealthy[^\n]*\n?[^\n]*task:(\d+)", log):
+    if found := re.search(r"unhealthy[^\n]*\n(?:\S*task:)?(\d+)", log):
         return int(found.group(1))
-    return 0 if re.search(r"leader task|coordination service", log, re.I) else None
+    # Process 0 answers everybody's heartbeats, and no longer does.
+    return 0 if re.search(r"the leader task|DEADLINE_EXCEEDED[^$]*/Heartbeat", log) else None
 
 
 def saved_in(workdir: Path) -> str:
     """What the newest complete checkpoint under a work directory is."""
-    from dyncomp.training.checkpoint import FOLDER
-    from dyncomp.training.integrity import MANIFEST
-
-    found = list(workdir.glob(f"**/{FOLDER}/*/{MANIFEST}"))
-    if not found:
-        return f"nothing is saved in {workdir} yet"
-    newest = max(found, key=lambda path: path.stat().st_mtime).parent
-    return f"step {newest.name} is saved in {newest.parent.parent}"
+    step = newest_step(workdir)
+    return (
+        f"step {step.name} is saved in {step.parent.parent}"
+        if step
+        else f"nothing is saved in {workdir}"
+    )

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from dyncomp.core.errors import DyncompError
 
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 20
 """A process that has not been heard of for so long is lost, and the runtime ends the others."""
 SHUTDOWN_SECONDS = 20
 """How long a process that ends waits for the others to end too."""

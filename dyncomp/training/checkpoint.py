@@ -24,23 +24,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dyncomp.core.errors import DyncompError
+from dyncomp.core.workdir import CHECKPOINTS, steps_in
 from dyncomp.parallel import processes
 from dyncomp.training import integrity
 from dyncomp.training.integrity import DamageError
 from dyncomp.training.state import TrainState, paths
 
-FOLDER = "checkpoints"
 PATIENCE = 3
 """So many saves in a row may fail before training stops: a store that is away for a while costs nothing else."""
-
-
-def steps_in(workdir: Path) -> list[int]:
-    """Steps that have a manifest, oldest first (damaged or not)."""
-    root = workdir / FOLDER
-    found = root.iterdir() if root.exists() else ()
-    return sorted(
-        int(p.name) for p in found if p.name.isdigit() and (p / integrity.MANIFEST).exists()
-    )
 
 
 class Checkpointer:
@@ -61,7 +52,7 @@ class Checkpointer:
         config_text: str = "",
         say: Callable[[str], None] = lambda line: None,
     ):
-        self.root = Path(workdir).absolute() / FOLDER
+        self.root = Path(workdir).absolute() / CHECKPOINTS
         self.max_to_keep, self.config_text, self.say = max_to_keep, config_text, say
         self.orbax = ocp.StandardCheckpointer()
         self.worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -295,7 +286,7 @@ def read_newest(workdir: Path) -> dict[str, np.ndarray]:
     )
     orbax = ocp.StandardCheckpointer(multiprocessing_options=alone)
     for step in reversed(steps_in(workdir)):
-        folder = Path(workdir).absolute() / FOLDER / str(step)
+        folder = Path(workdir).absolute() / CHECKPOINTS / str(step)
         try:
             manifest, _ = _look_at(folder)
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

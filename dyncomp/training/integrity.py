@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from dyncomp.core.workdir import MANIFEST
+
 FORMAT = 2
 READABLE = (1, 2)
 """Format 1 had digests of whole arrays, which a process of several cannot verify; those of its files are verified."""
-MANIFEST = "dyncomp.json"
 CHUNK = 1 << 16
 """Elements that are mixed at a time: they stay in the cache."""
 

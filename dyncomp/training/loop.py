@@ -23,10 +23,11 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError, Preempted
 from dyncomp.core.ledger import Ledger
+from dyncomp.core.workdir import steps_in
 from dyncomp.parallel import processes
 from dyncomp.tasks.loader import Loader
 from dyncomp.training import compile_cache, records
-from dyncomp.training.checkpoint import Checkpointer, steps_in
+from dyncomp.training.checkpoint import Checkpointer
 from dyncomp.training.engine import Engine
 from dyncomp.training.evaluate import Evaluator, compute, save_decisions, spent
 from dyncomp.training.exit_outputs import save_exit_outputs

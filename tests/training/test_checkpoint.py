@@ -10,8 +10,9 @@ import pytest
 from tiny import Net, make_run
 
 from dyncomp.core.errors import DyncompError
+from dyncomp.core.workdir import steps_in
 from dyncomp.training import integrity
-from dyncomp.training.checkpoint import Checkpointer, flat, read_newest, steps_in
+from dyncomp.training.checkpoint import Checkpointer, flat, read_newest
 from dyncomp.training.engine import Engine
 from dyncomp.training.loop import train
 from dyncomp.training.restore import load

@@ -16,9 +16,10 @@ import pytest
 from tiny import Net, Regression, make_run
 
 from dyncomp.core.errors import DyncompError, Preempted
+from dyncomp.core.workdir import steps_in
 from dyncomp.training import SGD, AdamW, Alternating, InitFrom, Stage
 from dyncomp.training import loop as loop_module
-from dyncomp.training.checkpoint import read_newest, steps_in
+from dyncomp.training.checkpoint import read_newest
 from dyncomp.training.evaluate import evaluate_workdir
 from dyncomp.training.loop import train
 from dyncomp.training.restore import load

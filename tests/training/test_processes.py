@@ -8,9 +8,10 @@ import pytest
 from several import N, family, taken_traces, together, traced
 
 from dyncomp.core.errors import DyncompError
+from dyncomp.core.workdir import steps_in
 from dyncomp.parallel import MeshSpec, processes
 from dyncomp.parallel.shardings import process_rows
-from dyncomp.training.checkpoint import read_newest, steps_in
+from dyncomp.training.checkpoint import read_newest
 from dyncomp.training.loop import train
 
 
