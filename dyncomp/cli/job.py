@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -105,11 +106,19 @@ def joined(place: Place) -> Iterator[None]:
     processes.join(*where, local_device=place.local)
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         # A collective fails as soon as a process is gone; the runtime ends this one when it knows which.
-        if STATUS.match(str(error)):
+        if not isinstance(error, DyncompError) and STATUS.match(str(error)):
             time.sleep(processes.HEARTBEAT_SECONDS + processes.SHUTDOWN_SECONDS / 2)
+        _end_before_the_runtime(getattr(error, "exit_code", 1), processes.SHUTDOWN_SECONDS / 2)
         raise
+
+
+def _end_before_the_runtime(code: int, seconds: float) -> None:
+    """Ends this process with ``code`` if it still waits for the others by then: the runtime would abort it."""
+    watch = threading.Timer(seconds, os._exit, [code])
+    watch.daemon = True
+    watch.start()
 
 
 def _die_with_parent() -> None:

@@ -184,14 +184,18 @@ def _line(child: Child, why: str, workdir: Path) -> str:
     index = child.place.process if named is None else named
     which = "a process" if index is None else f"process {index}"
     which += f" of {count}" if count else ""
-    why = "no sign of life" if named is not None and named != child.place.process else why
+    why = "it left, or gave no sign" if named is not None and named != child.place.process else why
     return f"{which} was lost ({why}); {saved_in(workdir)}; run the same command to go on"
 
 
 def lost_in(log: str) -> int | None:
     """Which process the runtime's last words call lost; None where they name none."""
-    if found := re.search(r"unhealthy[^\n]*\n(?:\S*task:)?(\d+)", log):
-        return int(found.group(1))
+    for said in (
+        r"unhealthy[^\n]*\n",
+        r"The first task at the barrier: ",
+    ):  # silent, or left with an error
+        if found := re.search(said + r"(?:\S*task:)?(\d+)", log):
+            return int(found.group(1))
     # Process 0 answers everybody's heartbeats, and no longer does.
     return 0 if re.search(r"the leader task|DEADLINE_EXCEEDED[^$]*/Heartbeat", log) else None
 

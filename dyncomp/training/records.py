@@ -135,7 +135,7 @@ class Timings:
         spent = time.perf_counter() - self.began
         if not self.steps:
             return
-        own = np.float32([self.waited / spent, (spent - self.fetched) / self.steps])
+        own = np.array([self.waited / spent, (spent - self.fetched) / self.steps], np.float32)
         stalls, busy = processes.gather(own).T
         self.step_seconds.append(spent / self.steps)
         self.stalls.append(float(stalls.max()))

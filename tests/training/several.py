@@ -38,7 +38,11 @@ def together(workdir, processes, devices, *words):
         command = [sys.executable, "-c", MEMBER.format(here=str(HERE)), *given]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, env={**os.environ, **flags}, **pipes))
-    said = [process.communicate(timeout=240)[1] for process in started]
+    try:
+        said = [process.communicate(timeout=500)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
     return said[0]
 

@@ -99,4 +99,7 @@ def test_what_the_runtime_says_names_the_process():
     assert lost_in("Either the leader task was preempted/died/restarted unexpectedly") == 0
     late = "absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.{}/Heartbeat\n"
     assert lost_in(late.format("coordination.CoordinationService")) == 0
+    assert (
+        lost_in("# of tasks that reached the barrier: 1/2.\nThe first task at the barrier: 1.") == 1
+    )
     assert lost_in("Polled an error from coordination service") is None
