@@ -2,14 +2,15 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import os
 import re
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from dyncomp.core.errors import DyncompError
 
@@ -17,6 +18,8 @@ STREAMS = "DYNCOMP_STREAMS"
 """Set for a process that runs under a parent (`dyncomp.cli.supervise`): descriptors for its own output and errors."""
 STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED): ")
 """How the runtime's errors begin when another process may be why."""
+PR_SET_PDEATHSIG = 1
+"""An option of prctl(2)."""
 NAMES = ("coordinator", "processes", "process")
 
 
@@ -123,9 +126,5 @@ def _end_before_the_runtime(code: int, seconds: float) -> None:
 
 def _die_with_parent() -> None:
     """Asks Linux to kill this process when its parent is gone: nobody else would."""
-    import ctypes
-    import signal
-
     if sys.platform.startswith("linux"):
-        set_death_signal: Any = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

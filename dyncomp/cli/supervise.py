@@ -182,7 +182,7 @@ def _line(child: Child, why: str, workdir: Path) -> str:
     count = child.place.processes
     named = lost_in(child.log.read_text(errors="replace"))
     index = child.place.process if named is None else named
-    which = "a process" if index is None else f"process {index}"
+    which = f"the process on {socket.gethostname()}" if index is None else f"process {index}"
     which += f" of {count}" if count else ""
     why = "it left, or gave no sign" if named is not None and named != child.place.process else why
     return f"{which} was lost ({why}); {saved_in(workdir)}; run the same command to go on"
@@ -190,11 +190,8 @@ def _line(child: Child, why: str, workdir: Path) -> str:
 
 def lost_in(log: str) -> int | None:
     """Which process the runtime's last words call lost; None where they name none."""
-    for said in (
-        r"unhealthy[^\n]*\n",
-        r"The first task at the barrier: ",
-    ):  # silent, or left with an error
-        if found := re.search(said + r"(?:\S*task:)?(\d+)", log):
+    for silent_or_left in (r"unhealthy[^\n]*\n", r"The first task at the barrier: "):
+        if found := re.search(silent_or_left + r"(?:\S*task:)?(\d+)", log):
             return int(found.group(1))
     # Process 0 answers everybody's heartbeats, and no longer does.
     return 0 if re.search(r"the leader task|DEADLINE_EXCEEDED[^$]*/Heartbeat", log) else None
@@ -203,8 +200,6 @@ def lost_in(log: str) -> int | None:
 def saved_in(workdir: Path) -> str:
     """What the newest complete checkpoint under a work directory is."""
     step = newest_step(workdir)
-    return (
-        f"step {step.name} is saved in {step.parent.parent}"
-        if step
-        else f"nothing is saved in {workdir}"
-    )
+    if step is None:
+        return f"nothing is saved in {workdir}"
+    return f"step {step.name} is saved in {step.parent.parent}"
