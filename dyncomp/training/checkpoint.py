@@ -94,7 +94,7 @@ class Checkpointer:
     def _write(
         self, folder: Path, leaves: Mapping[str, Any], own: integrity.Sums
     ) -> OSError | None:
-        """This process's part; its sums come before Orbax, whose last act is a barrier, so that process 0 finds them."""
+        """This process's part; sums come before Orbax, whose last act is a barrier: then process 0 finds them."""
         try:
             if not processes.lead():
                 _part(folder, jax.process_index()).write_text(json.dumps(own))
