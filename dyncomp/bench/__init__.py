@@ -20,6 +20,7 @@ BENCHES = {
     "compile": "seconds to compile the train step of every laptop config, and of deep against shallow models",
     "memory": "XLA's figure for a train step of 1 GiB and more against what the process really takes",
     "kills": "a run killed a hundred times ends with the bits of an uninterrupted one",
+    "faults": "a job of four processes that loses one ends with one line and goes on to the same bits",
     "exits": "the exit executor against the full network",
     "experts": "the mixture of experts against the dense unit of equal active width",
     "generate": "decoding a language model against transformers and the memory's speed, and what skipping layers saves",

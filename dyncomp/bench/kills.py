@@ -92,7 +92,7 @@ def interrupted_equals_whole(folder: Path, *, kills: int, seed: int = 0) -> Resu
       kills: how many; fewer when the run ends before.
       seed: of the moments.
     """
-    from dyncomp.training.checkpoint import steps_in
+    from dyncomp.core.workdir import steps_in
 
     total, draw, resumed = 13 * kills + 40, random.Random(seed), []
     _child(folder / "whole", total)

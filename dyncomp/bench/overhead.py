@@ -28,7 +28,8 @@ from dyncomp.tasks import CodeLM, LMObjective
 from dyncomp.tasks.loader import Loader
 from dyncomp.training import AdamW, Run
 from dyncomp.training.engine import Engine
-from dyncomp.training.loop import Session, Terminator
+from dyncomp.training.loop import Session
+from dyncomp.training.preemption import Terminator
 
 GOAL, INPUT_GOAL = 1.03, 1.05
 LOSSES = {"balance": 1e-2, "entropy": 1e-4}

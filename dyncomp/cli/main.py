@@ -54,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       Exit code: 0 success, 1 an error told in one line, 2 wrong usage, 75 stopped by a signal after saving.
     """
-    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    rest, overrides = split_overrides(words)
     debug = "--debug" in rest
     args = parser().parse_args([a for a in rest if a != "--debug"])
-    args.overrides = overrides
+    args.overrides, args.words = overrides, words
     quiet_tpu_compiler()
     if argv is None:  # a process of its own
         keep_freed_memory()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dyncomp.cli import job
 from dyncomp.cli.executed import executed, said
 from dyncomp.cli.output import command, json_flag, print_json, results, workdir_flag
 from dyncomp.core.errors import PREEMPTED, DyncompError
@@ -37,7 +38,7 @@ def add(commands: Any) -> None:
         type=int,
         default=PREEMPTED,
         metavar="N",
-        help="exit code, 1 to 255, when SIGTERM made it save and stop (default: %(default)s)",
+        help="exit code, 1 to 255, when SIGTERM made it save and stop, or a process was lost (default: %(default)s)",
     )
     parser.add_argument(
         "--profile",
@@ -45,6 +46,7 @@ def add(commands: Any) -> None:
         metavar="steps=A..B",
         help="trace these steps into WORKDIR/profile, for xprof or TensorBoard",
     )
+    job.add_flags(parser)
     json_flag(parser)
 
 
@@ -61,25 +63,47 @@ def trackers(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["jsonl", *names]))
 
 
-def _main(args: argparse.Namespace) -> None:
-    from dyncomp import config
-
-    chosen = trackers(args.tracker)
+def _main(args: argparse.Namespace) -> int | None:
     if not 1 <= args.preempt_code <= 255:
         raise DyncompError(f"--preempt-code {args.preempt_code}: write a number from 1 to 255")
-    run = config.load(args.config, args.overrides)
-    text = config.operative(args.config, args.overrides)
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem)
+    place = job.place_of(args)
+    if place is None and args.spawn is None:
+        return _run(args, workdir)
+    if job.supervised():
+        assert place is not None
+        with job.joined(place):
+            return _run(args, workdir)
+    from dyncomp.cli.supervise import spawned, supervise
+
+    places = spawned(args.spawn) if place is None else [place]
+    return supervise(args.words, places, workdir, args.preempt_code)
+
+
+def _run(args: argparse.Namespace, workdir: Path) -> None:
+    """Trains; then process 0 alone reports."""
+    from dyncomp import config
+    from dyncomp.parallel import processes
+
+    chosen = trackers(args.tracker)
+    run = config.load(args.config, args.overrides)
     summary = _train(
         run,
         workdir,
-        config_text=text,
+        config_text=config.operative(args.config, args.overrides),
         trackers=chosen,
         progress=not (args.no_progress or args.json),
         quick=args.quick,
         exit_code=args.preempt_code,
         profile=args.profile,
     )
+    processes.leave()
+    if processes.lead():
+        _tell(args, run, workdir, summary)
+
+
+def _tell(args: argparse.Namespace, run: Any, workdir: Path, summary: dict[str, Any]) -> None:
+    """Writes the report and prints the results."""
     report = _report(workdir, summary)
     members = _members(run, summary)
     served = executed(members, workdir, quick=args.quick)

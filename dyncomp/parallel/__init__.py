@@ -6,6 +6,7 @@ from dyncomp.parallel.shardings import (
     batch_sharding,
     logical_names,
     make_global_batch,
+    process_rows,
     shardings_for,
 )
 
@@ -17,6 +18,7 @@ __all__ = [
     "logical_names",
     "make_global_batch",
     "make_rules",
+    "process_rows",
     "shardings_for",
     "use",
 ]

@@ -77,13 +77,18 @@ class MeshSpec:
         return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape)
+
+
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Refuses a global batch that the mesh cannot split evenly.
 
     Raises:
       DyncompError: names the sizes and the fix.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape)
+    parts = batch_parts(mesh)
     if batch_size % parts:
         raise DyncompError(
             f"batch size {batch_size} is not a multiple of {parts} (mesh {dict(mesh.shape)} splits it over "

@@ -93,12 +93,36 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Global arrays from this process's slice of a batch; a plain device copy without a mesh.
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
+    """Whole on every device, so that every process can read it; None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def process_rows(batch_size: int, mesh: Mesh | None) -> np.ndarray:
+    """Which rows of a global batch this process's devices hold, int64, ascending.
+
+    Processes that share rows (a mesh that splits tensors over them) both get them.
+
+    Raises:
+      DyncompError: the batch cannot be split evenly.
+    """
+    rows = np.arange(batch_size)
+    if mesh is None:
+        return rows
+    check_batch(batch_size, mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([rows[index] for index in held.values()]))
+
+
+def make_global_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh | None, size: int | None = None
+) -> dict[str, Any]:
+    """Global arrays from this process's rows of a batch; a plain device copy without a mesh.
 
     Args:
-      batch: numpy arrays whose first axis is this process's examples.
+      batch: numpy arrays whose first axis is the rows that `process_rows` names.
       mesh: devices of all processes.
+      size: rows of the global batch; default, what ``batch`` holds (one process).
 
     Raises:
       DyncompError: the global batch cannot be split evenly.
@@ -106,9 +130,9 @@ def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dic
     if mesh is None:
         return jax.device_put(dict(batch))
     sharding = batch_sharding(mesh)
-    for value in batch.values():
-        check_batch(value.shape[0] * jax.process_count(), mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for name, value in batch.items()
-    }
+    made = {}
+    for name, value in batch.items():
+        shape = (size or value.shape[0], *value.shape[1:])
+        check_batch(shape[0], mesh)
+        made[name] = jax.make_array_from_process_local_data(sharding, np.asarray(value), shape)
+    return made

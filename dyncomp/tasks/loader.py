@@ -26,14 +26,14 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 class Loader:
     """Batches of a source; the examples of batch t are a pure function of (seed, t).
 
-    Every epoch visits each example once, in its own order. A process reads its slice of the global batch, so the
+    Every epoch visits each example once, in its own order. A process reads its rows of the global batch, so the
     number of processes may change between runs.
 
     Args:
       source: random access to one split.
       seed: of the order.
       batch_size: global batch.
-      process_index, process_count: which slice this process reads.
+      rows: which rows of each global batch this process reads (`dyncomp.parallel.process_rows`); default all.
       shuffle: a new order each epoch; False keeps the source's order.
       workers: threads that read ahead.
       ahead: batches read ahead.
@@ -45,8 +45,7 @@ class Loader:
         *,
         seed: int,
         batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: np.ndarray | None = None,
         shuffle: bool = True,
         workers: int = 1,
         ahead: int = 4,
@@ -57,28 +56,19 @@ class Loader:
             raise DyncompError(
                 f"batch_size={batch_size} of {len(source)} examples: use 1..{len(source)}"
             )
-        if batch_size % process_count:
-            raise DyncompError(
-                f"batch_size={batch_size} is not a multiple of {process_count} processes"
-            )
-        if not 0 <= process_index < process_count:
-            raise DyncompError(f"process_index={process_index}: use 0..{process_count - 1}")
         if seed < 0:
             raise DyncompError(f"seed={seed}: use 0 or more")
         self.source, self.batch_size = source, batch_size
         self.seed, self.shuffle = seed, shuffle
-        self.slice = (process_index, process_count)
+        self.rows = np.arange(batch_size) if rows is None else rows
         self.workers, self.ahead = workers, ahead
 
     def indices(self, step: int) -> np.ndarray:
-        """Which examples batch ``step`` holds (this process's slice), int64."""
-        index, processes = self.slice
-        each = self.batch_size // processes
-        start = step * self.batch_size + index * each
-        epochs, places = np.divmod(np.arange(start, start + each), len(self.source))
+        """Which examples batch ``step`` holds (this process's rows), int64."""
+        epochs, places = np.divmod(step * self.batch_size + self.rows, len(self.source))
         if not self.shuffle:
             return places
-        found = np.empty(each, np.int64)
+        found = np.empty(len(places), np.int64)
         for epoch in np.unique(epochs):  # one or two: a batch is no larger than an epoch
             here = epochs == epoch
             found[here] = epoch_order(self.seed, int(epoch), len(self.source))[places[here]]
@@ -98,7 +88,7 @@ class Loader:
 
 
 def sequential(
-    source: Source, batch_size: int, limit: int | None = None
+    source: Source, batch_size: int, limit: int | None = None, rows: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """All examples in order, in batches of one size; the last is filled up with repeats of mask 0.
 
@@ -106,11 +96,13 @@ def sequential(
       source: random access to one split.
       batch_size: of every batch.
       limit: at most this many batches.
+      rows: which rows of each batch are read; default all.
     """
+    rows = np.arange(batch_size) if rows is None else rows
     total = len(source)
     batches = -(-total // batch_size)
     for number in range(batches if limit is None else min(limit, batches)):
-        index = np.arange(number * batch_size, (number + 1) * batch_size)
+        index = number * batch_size + rows
         batch = source.batch(np.minimum(index, total - 1))
         real = (index < total).astype(np.float32)
         batch["mask"] = batch["mask"] * real.reshape(-1, *[1] * (batch["mask"].ndim - 1))

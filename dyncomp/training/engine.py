@@ -11,9 +11,14 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
-from dyncomp.parallel.mesh import check_batch
+from dyncomp.parallel.mesh import MeshSpec, check_batch
 from dyncomp.parallel.rules import make_rules, use
-from dyncomp.parallel.shardings import make_global_batch, shardings_for
+from dyncomp.parallel.shardings import (
+    make_global_batch,
+    process_rows,
+    replicated,
+    shardings_for,
+)
 from dyncomp.parallel.topology import compile_step
 from dyncomp.training import optimizers
 from dyncomp.training.run import Run
@@ -25,15 +30,20 @@ class Engine:
     """One run on this program's devices.
 
     Args:
-      run: the run; its mesh decides where things live.
+      run: the run; its mesh decides where things live. Without one, several processes split the batch.
+
+    Attributes:
+      rows: of each global batch, those that this process reads.
     """
 
     def __init__(self, run: Run):
         self.run, self.stages = run, run.plan()
-        self.mesh = run.mesh.build() if run.mesh else None
-        self.rules = make_rules(run.mesh.rules) if run.mesh else None
+        spec = run.mesh or (MeshSpec() if jax.process_count() > 1 else None)
+        self.mesh = spec.build() if spec else None
+        self.rules = make_rules(spec.rules) if spec else None
         if self.mesh is not None:
             check_batch(run.batch_size // run.accumulate, self.mesh)
+        self.rows = process_rows(run.batch_size, self.mesh)
         spec = run.task.spec()["inputs"]
         self.inputs = np.zeros((1, *spec.shape), spec.dtype)
         self.abstracts: dict[int, TrainState] = {}
@@ -83,7 +93,8 @@ class Engine:
 
     def enter(self, index: int, state: TrainState) -> TrainState:
         """The state at the start of stage ``index``: a new optimizer state and controller memory."""
-        state = state.replace(opt_state=self._tx(index).init(state.params), controller=None)
+        opt_state = jax.jit(self._tx(index).init)(state.params)
+        state = state.replace(opt_state=opt_state, controller=None)
         controller = self.stages[index].controller
         if controller is not None:
             state = state.replace(controller=controller.init(state))
@@ -95,14 +106,16 @@ class Engine:
         return jax.device_put(jax.tree.map(jnp.array, state), where)
 
     def batch(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        """A batch where the step takes it."""
-        return batch if self.mesh is None else make_global_batch(batch, self.mesh)
+        """A batch where the step takes it, from this process's `rows`."""
+        if self.mesh is None:
+            return batch
+        return make_global_batch(batch, self.mesh, self.run.batch_size)
 
     def compile(self, index: int, batch: Mapping[str, Any]) -> tuple[Any, float]:
         """(compiled step, seconds) of a stage; the step is (state, batch, seed) and takes the state's memory over."""
         step = train_step(self.run, self.stages[index], self._tx(index))
         like = self._abstract(index)
-        out = (jax.tree.map(lambda leaf: leaf.sharding, like), None)
+        out = (jax.tree.map(lambda leaf: leaf.sharding, like), replicated(self.mesh))
         began = time.perf_counter()
         jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
         lowered = jitted.lower(like, dict(batch), np.int32(0))
@@ -111,5 +124,5 @@ class Engine:
 
     @functools.cached_property
     def forward(self) -> Any:
-        """(variables, batch) -> (output, aux), compiled once."""
-        return jax.jit(forward(self.run))
+        """(variables, batch) -> (output, aux), compiled once; every process gets all of both."""
+        return jax.jit(forward(self.run), out_shardings=replicated(self.mesh))

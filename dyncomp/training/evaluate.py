@@ -2,18 +2,22 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dyncomp.core.aux import flatten
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
 from dyncomp.core.metrics import Mean
-from dyncomp.tasks.base import Split
+from dyncomp.parallel.mesh import batch_parts
+from dyncomp.parallel.processes import lead
+from dyncomp.parallel.shardings import make_global_batch, process_rows, replicated
+from dyncomp.tasks.base import Source, Split
 from dyncomp.tasks.loader import sequential
 from dyncomp.training.run import Run
 from dyncomp.training.state import paths
@@ -25,11 +29,12 @@ class Evaluator:
 
     Args:
       run: the run.
+      mesh: where the variables live; each process reads its rows of every batch, and all get the same figures.
     """
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.step = jax.jit(eval_step(run))
+    def __init__(self, run: Run, mesh: Mesh | None = None):
+        self.run, self.mesh = run, mesh
+        self.step = jax.jit(eval_step(run), out_shardings=replicated(mesh))
 
     def __call__(
         self, variables: Mapping[str, Any], split: Split = "validation", batches: int | None = None
@@ -40,12 +45,10 @@ class Evaluator:
           ``{"quality": {metric: value}, "compute": {...}, "ledger": rows}``; compute has ``flops_needed`` and
           ``flops_executed`` per element (token or image), ``elements``, and ``events_per_element``.
         """
-        source = self.run.task.source(split)
-        size = min(self.run.batch_size, len(source))
         sums: dict[str, Mean] = {}
         ledger: Ledger | None = None
         elements = 0
-        for batch in sequential(source, size, batches):
+        for batch in self._batches(split, batches):
             out = jax.device_get(self.step(variables, batch))
             sums = merge(sums, out["metrics"])
             if ledger is None:
@@ -60,10 +63,15 @@ class Evaluator:
             "ledger": list(ledger.rows()),
         }
 
+    def _batches(self, split: Split, batches: int | None) -> Iterator[Mapping[str, Any]]:
+        source = self.run.task.source(split)
+        size = size_of(self.run, source, self.mesh)
+        for batch in sequential(source, size, batches, process_rows(size, self.mesh)):
+            yield batch if self.mesh is None else make_global_batch(batch, self.mesh, size)
+
     def seconds(self, variables: Mapping[str, Any], split: Split, repeats: int = 3) -> float:
         """Median wall-clock seconds of one batch (compiled, warm)."""
-        source = self.run.task.source(split)
-        batch = next(sequential(source, min(self.run.batch_size, len(source))))
+        batch = next(self._batches(split, 1))
         times = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
@@ -85,6 +93,12 @@ class Evaluator:
             row = {"controls": controls, self.run.task.headline: headline, "seconds": seconds}
             rows.append({**row, **found["compute"]})
         return rows
+
+
+def size_of(run: Run, source: Source, mesh: Mesh | None = None) -> int:
+    """Examples of an evaluation batch: the run's, or a short split's, rounded up to what the mesh splits evenly."""
+    size, parts = min(run.batch_size, len(source)), batch_parts(mesh) if mesh else 1
+    return -(-size // parts) * parts
 
 
 def compute(ledger: Ledger, elements: int) -> dict[str, Any]:
@@ -163,19 +177,24 @@ def spent(compute: Mapping[str, Any]) -> dict[str, float]:
     return figures if experts is None else {**figures, "active_experts": experts}
 
 
-def save_decisions(run: Run, variables: Mapping[str, Any], path: Path) -> bool:
+def save_decisions(
+    run: Run, variables: Mapping[str, Any], path: Path, mesh: Mesh | None = None
+) -> bool:
     """Writes every plan of one validation batch, and its inputs, to an npz file; False for a model without plans.
+
+    All processes compute, process 0 writes.
 
     Keys are the plans' paths (``group_0/block_0/ffn/route/weights``; under a scanned group arrays lead with the
     layer), ``kinds`` (JSON: path of a plan -> name of its class), ``inputs``, ``mask``, and ``shown/...``, what
     `Task.describe` says about the inputs.
     """
     source = run.task.source("validation")
-    batch = next(sequential(source, min(run.batch_size, len(source))))
-    _, aux = jax.jit(forward(run, ("plan",)))(variables, batch)
+    batch = next(sequential(source, size_of(run, source, mesh)))
+    look = jax.jit(forward(run, ("plan",)), out_shardings=replicated(mesh))
+    _, aux = look(variables, batch)
     leaves = jax.device_get(jax.tree.leaves(aux.plans))
     arrays = dict(zip(paths(aux.plans), leaves, strict=True))
-    if arrays:
+    if arrays and lead():
         kinds = {name: type(plan).__name__ for name, plan in flatten(aux.plans).items()}
         shown = run.task.describe(batch["inputs"])
         arrays |= {f"shown/{name}": values for name, values in shown.items()}

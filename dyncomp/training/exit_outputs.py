@@ -6,8 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from dyncomp.parallel.processes import lead
+from dyncomp.parallel.shardings import replicated
 from dyncomp.tasks.loader import sequential
+from dyncomp.training.evaluate import size_of
 from dyncomp.training.run import Run
 from dyncomp.training.step import forward
 
@@ -15,16 +19,20 @@ EXAMPLES = 2000
 """At most so many of the validation split, in its order."""
 
 
-def save_exit_outputs(run: Run, variables: Mapping[str, Any], path: Path) -> bool:
+def save_exit_outputs(
+    run: Run, variables: Mapping[str, Any], path: Path, mesh: Mesh | None = None
+) -> bool:
     """Writes ``logits`` [x n c], ``targets`` [n] and ``exit`` [n] of validation examples to an npz file.
+
+    All processes compute, process 0 writes.
 
     Returns:
       False, and no file, for a model whose output has no ``logits`` of several exits with an ``exit`` of each example.
     """
     source = run.task.source("validation")
-    size = min(run.batch_size, len(source))
+    size = size_of(run, source, mesh)
     batches = list(sequential(source, size, max(1, EXAMPLES // size)))
-    run_forward = jax.jit(forward(run))
+    run_forward = jax.jit(forward(run), out_shardings=replicated(mesh))
     shape = jax.eval_shape(run_forward, variables, batches[0])[0]
     if not (isinstance(shape, Mapping) and {"logits", "exit"} <= set(shape)):
         return False
@@ -36,6 +44,8 @@ def save_exit_outputs(run: Run, variables: Mapping[str, Any], path: Path) -> boo
         real = np.asarray(batch["mask"]).astype(bool)
         logits, exits = jax.device_get((output["logits"], output["exit"]))
         parts.append((logits[:, real].astype(np.float32), batch["targets"][real], exits[real]))
+    if not lead():
+        return True
     logits, targets, exits = zip(*parts, strict=True)
     np.savez_compressed(
         path,

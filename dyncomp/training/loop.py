@@ -2,14 +2,16 @@
 
 The loop never waits for a step but at log, evaluation and save points. At step s it logs, evaluates, calls the
 controller, enters the next stage and saves, in this order, so that whatever a checkpoint of step s stands for is
-already in ``metrics.jsonl``. A checkpoint that cannot be written (a full disk) stops training at the next log point
-with one line: what was saved before stays, and the same command goes on from there. With ``Run.rollbacks``, a loss that
-is no number, or a spike, sends training back to the last checkpoint, and the batches since are passed over: batch t is
-then a pure function of (seed, t, how many were passed over), which checkpoints carry.
+already in ``metrics.jsonl``. A checkpoint that cannot be written (a full disk) is told and passed over; the third in a
+row stops training with one line: what was saved before stays, and the same command goes on from there. With
+``Run.rollbacks``, a loss that is no number, or a spike, sends training back to the last checkpoint, and the batches
+since are passed over: batch t is then a pure function of (seed, t, how many were passed over), which checkpoints carry.
+
+Several processes run this same loop. What a host decides comes from values that are whole on every device (losses,
+what a controller is shown) or from process 0 (`dyncomp.parallel.processes`), which alone writes files and speaks.
 """
 
 import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,14 +23,17 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError, Preempted
 from dyncomp.core.ledger import Ledger
+from dyncomp.core.workdir import steps_in
+from dyncomp.parallel import processes
 from dyncomp.tasks.loader import Loader
 from dyncomp.training import compile_cache, records
-from dyncomp.training.checkpoint import Checkpointer, steps_in
+from dyncomp.training.checkpoint import Checkpointer
 from dyncomp.training.engine import Engine
 from dyncomp.training.evaluate import Evaluator, compute, save_decisions, spent
 from dyncomp.training.exit_outputs import save_exit_outputs
 from dyncomp.training.guard import Guard, LossError
 from dyncomp.training.memory import Measured
+from dyncomp.training.preemption import Terminator
 from dyncomp.training.profiling import Profile
 from dyncomp.training.records import Timings
 from dyncomp.training.run import Run
@@ -52,10 +57,12 @@ def train(
 ) -> dict[str, Any]:
     """Trains a run, or resumes it where ``workdir`` holds a checkpoint, and evaluates it.
 
+    In a job of several processes (`dyncomp.parallel.processes.join`) each calls this with the same arguments.
+
     Args:
       run: what to train.
-      workdir: gets config.gin, metrics.jsonl, timings.jsonl, environment.json, checkpoints/, decisions.npz,
-        summary.json.
+      workdir: one folder that all processes see; gets config.gin, metrics.jsonl, timings.jsonl, environment.json,
+        checkpoints/, decisions.npz, summary.json.
       config_text: the resolved config, saved with every checkpoint.
       trackers: of "jsonl" (always on), "tensorboard", "wandb".
       progress: show a progress bar and notes on standard error.
@@ -70,22 +77,20 @@ def train(
       Preempted: SIGTERM came; the state is saved.
       DyncompError: bad input, a loss that is not finite, a checkpoint that cannot be written or read.
     """
-    if jax.process_count() > 1:
-        raise DyncompError("train runs in one process; several processes are not supported yet")
     run = quicken(run) if quick else run
     workdir = Path(workdir)
     tracer = Profile(profile, workdir / "profile") if profile else None
     workdir.mkdir(parents=True, exist_ok=True)
     compile_cache.enable()
-    notes = records.look_at(workdir, config_text, quick)
-    done = records.finished(workdir, config_text, run.total_steps)
-    if done is not None:
+    notes = processes.from_lead(lambda: records.look_at(workdir, config_text, quick))
+    finished = lambda: records.finished(workdir, config_text, run.total_steps)
+    if (done := processes.from_lead(finished)) is not None:
         return done
     session = Session(run, workdir, config_text, notes, exit_code, tracer)
     with session.engine.context(), Terminator() as terminator:
         try:
             session.restore()
-            records.take_over(workdir, config_text, quick)
+            processes.from_lead(lambda: records.take_over(workdir, config_text, quick))
             session.start(trackers, progress)
             session.steps(terminator)
             return session.finish()
@@ -98,27 +103,6 @@ def quicken(run: Run) -> Run:
     stages = [dataclasses.replace(s, steps=min(s.steps, QUICK_STEPS)) for s in run.plan()]
     short: dict[str, Any] = {"optimizer": None, "steps": 0, "stages": tuple(stages)}
     return run.replace(**short, log_every=2, eval_batches=1, final_eval_batches=1)
-
-
-class Terminator:
-    """Remembers SIGTERM while a run is under way (only the main thread may ask for signals)."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "Terminator":
-        try:
-            self.before = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:
-            self.before = None
-        return self
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
 
 
 class Session:
@@ -134,11 +118,12 @@ class Session:
         tracer: Profile | None = None,
     ):
         self.run, self.workdir, self.notes, self.exit_code = run, workdir, notes, exit_code
-        self.tracer = tracer
+        self.lead = processes.lead()
+        self.tracer = tracer if self.lead else None
         self.engine = Engine(run)
-        self.evaluator = Evaluator(run)
+        self.evaluator = Evaluator(run, self.engine.mesh)
         self.checkpoints = Checkpointer(
-            workdir, max_to_keep=run.max_to_keep, config_text=config_text
+            workdir, max_to_keep=run.max_to_keep, config_text=config_text, say=self.say
         )
         self.trackers: list[Tracker] = []
         self.timings: Timings | None = None
@@ -151,16 +136,20 @@ class Session:
     def say(self, line: str) -> None:
         """A note for the reader."""
         self.notes.append(line)
-        print(line, file=sys.stderr)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
+        if self.lead:
+            print(line, file=sys.stderr)
 
     def restore(self) -> None:
         """Restores the newest good checkpoint or makes step 0; nothing in the folder changes."""
-        for note in list(self.notes):
-            print(note, file=sys.stderr)
+        for note in self.notes:
+            self._print(note)
         self._newest()
 
     def _newest(self) -> None:
-        found = self.checkpoints.restore(self.engine.like, self.say)
+        found = self.checkpoints.restore(self.engine.like)
         if found is None:
             self.state, self.extra = self.engine.fresh(), {}
             if self.run.init_from:
@@ -181,17 +170,25 @@ class Session:
 
     def start(self, trackers: Sequence[str], progress: bool) -> None:
         """Opens the files and the bar; what lies after the restored step goes."""
-        self.checkpoints.drop_after(self.step)
         self.kinds = tuple(trackers)
-        self.trackers = make_trackers(self.kinds, self.workdir, self.step)
-        self.timings = Timings(self.workdir / "timings.jsonl")
-        self.bar = records.Bar(self.workdir.name, self.run.total_steps, self.step, progress)
+        if self.lead:
+            self.checkpoints.drop_after(self.step)
+        self._track()
+        self.timings = Timings(self.workdir / "timings.jsonl" if self.lead else None)
+        shown = progress and self.lead
+        self.bar = records.Bar(self.workdir.name, self.run.total_steps, self.step, shown)
+
+    def _track(self) -> None:
+        """Opens the trackers at the present step."""
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = make_trackers(self.kinds, self.workdir, self.step) if self.lead else []
 
     def steps(self, terminator: Terminator) -> None:
         """All steps that are left."""
-        loader = Loader(
-            self.run.task.source("train"), seed=self.run.seed, batch_size=self.run.batch_size
-        )
+        run, rows = self.run, self.engine.rows
+        source = run.task.source("train")
+        loader = Loader(source, seed=run.seed, batch_size=run.batch_size, rows=rows)
         while self.step < self.run.total_steps:
             try:
                 self._stages(loader, terminator)
@@ -211,7 +208,7 @@ class Session:
         Raises:
           DyncompError: the run has no rollbacks, or none left.
         """
-        self.checkpoints.wait()
+        self.checkpoints.settle()
         if self.rolled >= self.run.rollbacks:
             raise self._stopped(error) from None
         rolled, passed_over = self.rolled + 1, self.passed_over + error.step
@@ -221,9 +218,7 @@ class Session:
             f"{error}; back to step {self.step}, {error.step - self.step} batches are passed over "
             f"(rollback {rolled} of {self.run.rollbacks})"
         )
-        for tracker in self.trackers:
-            tracker.close()
-        self.trackers = make_trackers(self.kinds, self.workdir, self.step)
+        self._track()
 
     def _stage(
         self, index: int, end: int, batches: Any, loader: Loader, terminator: Terminator
@@ -250,6 +245,7 @@ class Session:
             self.window.add(self.step, out)
             self.timings.count()
             self.bar.update(self.step)
+            terminator.look()
             if self._due(index, end, terminator):
                 self._pause(index, end, terminator)
 
@@ -263,13 +259,14 @@ class Session:
     def _pause(self, index: int, end: int, terminator: Terminator) -> None:
         run, stage = self.run, self.engine.stages[index]
         assert self.timings and self.bar
-        self.guard.look(self.window.flush())  # before anything is saved
+        with self.timings.fetching():
+            losses = self.window.flush()
+        self.guard.look(losses)  # before anything is saved
         self.timings.pause(self.step)
         if self.measured:  # before evaluation and the copies of a save add to the peak
             self.memory, self.measured = self.measured.report(), None
         if _at(self.step, run.log_every) or self.step == end:
             self._log()
-            self.checkpoints.poll()
         if _at(self.step, run.eval_every):
             with self.bar.doing("evaluating"):
                 found = self.evaluator(self.state.variables, "validation", run.eval_batches)
@@ -353,9 +350,9 @@ class Session:
             "written": time.strftime("%Y-%m-%d"),
         }
         if run.capture:
-            save_decisions(run, variables, self.workdir / "decisions.npz")
-            save_exit_outputs(run, variables, self.workdir / "exits.npz")
-        records.write_json(self.workdir / "summary.json", summary)
+            save_decisions(run, variables, self.workdir / "decisions.npz", self.engine.mesh)
+            save_exit_outputs(run, variables, self.workdir / "exits.npz", self.engine.mesh)
+        processes.from_lead(lambda: records.write_json(self.workdir / "summary.json", summary))
         return summary
 
     def close(self) -> None:

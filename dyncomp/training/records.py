@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,6 +20,7 @@ from rich.progress import (
 
 from dyncomp.core.environment import differences, run_environment
 from dyncomp.core.errors import DyncompError
+from dyncomp.parallel import processes
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -80,21 +82,27 @@ def take_over(workdir: Path, config_text: str, quick: bool) -> None:
 class Timings:
     """Wall-clock figures, apart from metrics.jsonl because they differ every time.
 
-    A record is one stretch between two pauses: seconds a step, the share of time spent waiting for input, and the
-    seconds that the loop stood still for a checkpoint before it.
+    A record is one stretch between two pauses: seconds a step, the share of time spent waiting for input (of the
+    process that waited longest), and the seconds that the loop stood still for a checkpoint before it. With several
+    processes also ``straggler``, the one whose host was at work for longest, and ``straggle``, by how many seconds a
+    step more than the median: the others waited for it. A slow device makes all hosts wait alike and does not show.
+
+    Args:
+      path: where records are appended; None where another process writes them.
     """
 
-    def __init__(self, path: Path):
-        self.stream = path.open("a")
+    def __init__(self, path: Path | None):
+        self.stream = path.open("a") if path else None
         self.step_seconds: list[float] = []
         self.stalls: list[float] = []
         self.saves: list[float] = []
+        self.straggles: list[float] = []
         self.saved = 0.0
         self.reset()
 
     def reset(self) -> None:
         """Starts a stretch."""
-        self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.began, self.steps, self.waited, self.fetched = time.perf_counter(), 0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -102,6 +110,13 @@ class Timings:
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Counts the body as waiting for the devices, this process's and the others'."""
+        began = time.perf_counter()
+        yield
+        self.fetched += time.perf_counter() - began
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -116,31 +131,38 @@ class Timings:
         self.steps += 1
 
     def pause(self, step: int) -> None:
-        """Ends a stretch; call after the steps are known to be done."""
+        """Ends a stretch, in every process; call after the steps are known to be done."""
         spent = time.perf_counter() - self.began
         if not self.steps:
             return
+        own = np.array([self.waited / spent, (spent - self.fetched) / self.steps], np.float32)
+        stalls, busy = processes.gather(own).T
         self.step_seconds.append(spent / self.steps)
-        self.stalls.append(self.waited / spent)
+        self.stalls.append(float(stalls.max()))
         record = {"step": step, "seconds_per_step": spent / self.steps, "stall": self.stalls[-1]}
         record |= {"checkpoint": self.saved}
+        if len(busy) > 1:
+            self.straggles.append(float(busy.max() - np.median(busy)))
+            record |= {"straggler": int(busy.argmax()), "straggle": self.straggles[-1]}
         self.saved = 0.0
-        self.stream.write(json.dumps(record) + "\n")
-        self.stream.flush()
+        if self.stream:
+            self.stream.write(json.dumps(record) + "\n")
+            self.stream.flush()
 
     def medians(self) -> dict[str, float]:
-        """Medians over the stretches of this process: seconds a step, share of input stall, seconds of a save."""
-        if not self.step_seconds:
-            return {}
-        found = {
-            "seconds_per_step": statistics.median(self.step_seconds),
-            "input_stall": statistics.median(self.stalls),
+        """Medians over the stretches of this process, as far as there are any."""
+        figures = {
+            "seconds_per_step": self.step_seconds,
+            "input_stall": self.stalls,
+            "checkpoint_seconds": self.saves,
+            "straggle_seconds": self.straggles,
         }
-        return found | ({"checkpoint_seconds": statistics.median(self.saves)} if self.saves else {})
+        return {name: statistics.median(values) for name, values in figures.items() if values}
 
     def close(self) -> None:
         """Closes the file."""
-        self.stream.close()
+        if self.stream:
+            self.stream.close()
 
 
 class Bar:

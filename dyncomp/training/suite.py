@@ -54,6 +54,7 @@ def train_suite(
     Returns:
       ``{"suite": {name: summary of that run}}``.
     """
+    from dyncomp.parallel.processes import lead
     from dyncomp.training.loop import train
 
     summaries = {}
@@ -61,5 +62,6 @@ def train_suite(
         text = f"{config_text}\ntraining.Suite.select = {name!r}\n" if config_text else ""
         summaries[name] = train(run, workdir / name, config_text=text, **options)
     result = {"suite": summaries}
-    (workdir / "suite.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    if lead():
+        (workdir / "suite.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     return result

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.training.checkpoint import read_newest
@@ -88,7 +89,7 @@ def warm_start(
             kept[path] = why
         else:
             loaded[path] = origin
-            leaf = jnp.asarray(there[origin], leaf.dtype)
+            leaf = jax.device_put(np.array(there[origin], leaf.dtype), leaf.sharding)
         out.append(leaf)
     report = LoadReport(tuple(loaded), kept, tuple(sorted(set(there) - set(loaded.values()))))
     asked = {path: why for path, why in kept.items() if why != "excluded"}

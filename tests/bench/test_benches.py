@@ -21,10 +21,10 @@ COMMON = (
 PICTURES = pytest.mark.skipif(
     not Path(FASHION_FOLDER).exists(), reason="apt-get install dataset-fashion-mnist"
 )
-QUICK = [  # tests/training counts kills
+QUICK = [  # tests/training counts kills and faults
     pytest.param(name, marks=[PICTURES] if name == "compile" else [])
     for name in bench.BENCHES
-    if name != "kills"
+    if name not in ("kills", "faults")
 ]
 
 

@@ -3,8 +3,8 @@
 import pytest
 from terminal import ONE, cli, spawn
 
+from dyncomp.core.workdir import steps_in
 from dyncomp.training import integrity
-from dyncomp.training.checkpoint import steps_in
 
 
 def test_unknown_config(here):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from terminal import ONE, cli, command, spawn
 
+from dyncomp.core.workdir import steps_in
 from dyncomp.training import loop
-from dyncomp.training.checkpoint import steps_in
 from dyncomp.training.trackers import read_records
 
 

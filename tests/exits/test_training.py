@@ -12,6 +12,7 @@ import pytest
 from dyncomp import config, experts, models
 from dyncomp.attention import Attention
 from dyncomp.core.errors import DyncompError, Preempted
+from dyncomp.core.workdir import steps_in
 from dyncomp.exits import (
     ConfidenceRule,
     HeadWarmUp,
@@ -23,7 +24,7 @@ from dyncomp.exits.controllers import HeadPatience
 from dyncomp.tasks import ClassificationObjective, Digits
 from dyncomp.training import AdamW, Alternating, Run, Stage
 from dyncomp.training import loop as loop_module
-from dyncomp.training.checkpoint import read_newest, steps_in
+from dyncomp.training.checkpoint import read_newest
 from dyncomp.training.controller import Controller
 from dyncomp.training.engine import Engine
 from dyncomp.training.loop import train

@@ -67,14 +67,15 @@ def test_starting_late_equals_skipping(workers):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_slices_of_all_processes_make_the_global_batch(processes):
+def test_rows_of_all_processes_make_the_global_batch(processes):
+    """Not contiguous, as on a mesh whose devices are reordered."""
     whole = Loader(source(30), seed=1, batch_size=12)
-    parts = [
-        Loader(source(30), seed=1, batch_size=12, process_index=i, process_count=processes)
-        for i in range(processes)
-    ]
+    rows = [np.arange(i, 12, processes) for i in range(processes)]
+    parts = [Loader(source(30), seed=1, batch_size=12, rows=mine) for mine in rows]
     for step in range(6):
-        joined = np.concatenate([part.indices(step) for part in parts])
+        joined = np.empty(12, np.int64)
+        for mine, part in zip(rows, parts, strict=True):
+            joined[mine] = part.indices(step)
         np.testing.assert_array_equal(joined, whole.indices(step))
 
 
@@ -124,8 +125,6 @@ def test_finished_iterators_leave_no_thread():
     [
         ({"batch_size": 11}, r"batch_size=11 of 10 examples: use 1\.\.10"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 9, "process_count": 2}, "not a multiple of 2"),
-        ({"batch_size": 4, "process_count": 2, "process_index": 2}, r"process_index=2: use 0\.\.1"),
         ({"batch_size": 4, "seed": -1}, "seed=-1"),
     ],
 )

@@ -2,8 +2,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# Tests are imported by path (--import-mode=importlib), so the helper they share is made known here.
-spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parent / "tiny.py")
-tiny = importlib.util.module_from_spec(spec)
-sys.modules["tiny"] = tiny
-spec.loader.exec_module(tiny)
+
+def known(name: str) -> None:
+    """Tests are imported by path (--import-mode=importlib), so a helper they share is made known here."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+known("tiny")
+known("several")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,9 +16,10 @@ import pytest
 from tiny import Net, Regression, make_run
 
 from dyncomp.core.errors import DyncompError, Preempted
+from dyncomp.core.workdir import steps_in
 from dyncomp.training import SGD, AdamW, Alternating, InitFrom, Stage
 from dyncomp.training import loop as loop_module
-from dyncomp.training.checkpoint import read_newest, steps_in
+from dyncomp.training.checkpoint import read_newest
 from dyncomp.training.evaluate import evaluate_workdir
 from dyncomp.training.loop import train
 from dyncomp.training.restore import load
@@ -162,7 +164,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_bad_is_saved(tmp_path, l
         assert np.all(np.isfinite(leaf)), path
 
 
-def test_a_full_disk_stops_with_one_line_and_loses_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_stops_with_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys):
     from dyncomp.training import integrity
 
     write = integrity.write_manifest
@@ -174,14 +176,37 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(tmp_path, monkeypatch
 
     monkeypatch.setattr(integrity, "write_manifest", full)
     with pytest.raises(
-        DyncompError, match="No space left.*step 2 is safe; free space and run"
+        DyncompError, match="step 8.*No space left.*step 2 is safe; free space and run"
     ) as e:
         quiet(make_run(), tmp_path / "full")
     assert "\n" not in str(e.value) and steps_in(tmp_path / "full") == [2]
+    told = [line for line in capsys.readouterr().err.splitlines() if "training goes on" in line]
+    assert len(told) == 2 and "could not save step 4" in told[0]
     monkeypatch.setattr(integrity, "write_manifest", write)
     quiet(make_run(), tmp_path / "full")
     quiet(make_run(), tmp_path / "whole")
     same(tmp_path / "whole", tmp_path / "full")
+
+
+def test_a_store_that_is_away_for_a_while_or_slow_costs_nothing(tmp_path, monkeypatch):
+    from dyncomp.training import integrity
+
+    write, failing = integrity.write_manifest, {4, 6, 10}
+
+    def shaky(folder, leaves, extra):
+        time.sleep(0.05)
+        if extra["step"] in failing:
+            raise OSError(5, "Input/output error")
+        write(folder, leaves, extra)
+
+    monkeypatch.setattr(integrity, "write_manifest", shaky)
+    summary = quiet(make_run(), tmp_path / "shaky")
+    assert [note[:30] for note in summary["notes"]] == [
+        f"warning: could not save step {step} "[:30] for step in sorted(failing)
+    ]
+    monkeypatch.setattr(integrity, "write_manifest", write)
+    quiet(make_run(), tmp_path / "whole")
+    same(tmp_path / "whole", tmp_path / "shaky")
 
 
 def test_stages_have_their_own_optimizer_and_groups(tmp_path):
