@@ -32,9 +32,6 @@ PAIR_BLOCK = 16_384
 MAX_LENGTH = 46_340
 """Longest sequence whose pairs fit int32."""
 
-KNOWN = 4096
-"""Most positions, known while tracing, whose sines and cosines become constants of the program."""
-
 
 def pair_events(needed: Int[Array, "b"], executed: Array | int) -> dict[str, Count]:
     """Query-key pairs of a sequence, and those computed: ``pair_blocks`` of `PAIR_BLOCK` and the rest, ``pairs``."""
@@ -284,12 +281,7 @@ class Attention(nn.Module):
         scaling = self.rope_scaling
         if most is not None:
             return rotate_below(x, positions, most, self.rope_theta, scaling)
-        turn = functools.partial(rope_angles, head_dim=x.shape[-1], theta=self.rope_theta)
-        if isinstance(positions, jax.core.Tracer) or positions.size > KNOWN:
-            angles = turn(positions, scaling=scaling)
-        else:
-            with jax.ensure_compile_time_eval():
-                angles = turn(positions, scaling=scaling)
+        angles = rope_angles(positions, x.shape[-1], self.rope_theta, scaling)
         return rotate(x, angles, 1.0 if scaling is None else scaling.amplitude)
 
     def _head_norm(self, x: Array, name: str) -> Array:

@@ -1,8 +1,9 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout of Llama."""
 
+import contextlib
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,18 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int
 
 ScalingKind = Literal["linear", "llama3", "yarn"]
+
+KNOWN = 2**18
+"""Most numbers of an array, known while tracing, of which constants of the program are made."""
+
+
+def _at_once(x: Any) -> contextlib.AbstractContextManager[Any]:
+    """Computes while tracing what depends on ``x`` alone, where that is known and small.
+
+    XLA's CPU compiler takes sines and cosines that are no constants anew for every example and head.
+    """
+    traced = isinstance(x, jax.core.Tracer) or x.size > KNOWN
+    return contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,26 +126,21 @@ def rope_angles(
         raise DyncompError(
             f"RoPE rotates pairs: head_dim={head_dim} is odd; choose an even head_dim"
         )
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / jnp.float32(head_dim)
-    frequency = jnp.float32(theta) ** -exponent
-    if scaling is not None:
-        frequency = frequency / jnp.asarray(scaling.divisors(head_dim, theta), jnp.float32)
-    return jnp.expand_dims(positions.astype(jnp.float32), -1) * jnp.expand_dims(
-        frequency, tuple(range(positions.ndim))
-    )
+    with _at_once(positions):
+        exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / jnp.float32(head_dim)
+        frequency = jnp.float32(theta) ** -exponent
+        if scaling is not None:
+            frequency = frequency / jnp.asarray(scaling.divisors(head_dim, theta), jnp.float32)
+        return jnp.expand_dims(positions.astype(jnp.float32), -1) * jnp.expand_dims(
+            frequency, tuple(range(positions.ndim))
+        )
 
 
 def rotate(
     x: Float[Array, "b t h p"], angles: Float[Array, "#b t q"], amplitude: float = 1.0
 ) -> Float[Array, "b t h p"]:
-    """Rotates element i with element i + p/2 of each head by ``angles``; float32 inside, returns ``x.dtype``.
-
-    Sines and cosines of angles that are known while tracing are constants of the program: XLA's CPU compiler takes
-    others anew for every example and head.
-    """
-    if isinstance(angles, jax.core.Tracer):
-        return _turned(x, jnp.cos(angles), jnp.sin(angles), amplitude)
-    with jax.ensure_compile_time_eval():
+    """Rotates element i with element i + p/2 of each head by ``angles``; float32 inside, returns ``x.dtype``."""
+    with _at_once(angles):
         cos, sin = jnp.cos(angles), jnp.sin(angles)
     return _turned(x, cos, sin, amplitude)
 

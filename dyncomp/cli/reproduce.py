@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     parser = command(commands, "reproduce", _main, about, "dyncomp reproduce jei_dnn --seeds 0,1,2")
     parser.add_argument("slug", help="a folder of experiments/")
     parser.add_argument(
-        "--seeds", default="0,1,2,3,4", help="comma-separated (default: %(default)s)"
+        "--seeds", help="comma-separated (default: the experiment's own, most often 0,1,2,3,4)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="a smoke run of under a minute; never evidence"
@@ -48,7 +48,8 @@ def _main(args: argparse.Namespace) -> None:
     from dyncomp.evidence.reproduce import reproduce
 
     root = Path(args.root) if args.root else config.shipped().parent / "experiments"
-    result = reproduce(args.slug, seeds=seeds(args.seeds), quick=args.quick, root=root)
+    chosen = None if args.seeds is None else seeds(args.seeds)
+    result = reproduce(args.slug, seeds=chosen, quick=args.quick, root=root)
     if args.json:
         print_json(result)
         return

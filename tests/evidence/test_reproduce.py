@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dyncomp.cli.main import main
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.lock import measuring
 from dyncomp.evidence.reproduce import reproduce
@@ -25,6 +26,11 @@ def test_end_to_end(repository):
     assert "It decides nothing." in page and "figures/dots.svg" in page
     assert "a \\| loss" not in page.split("| arm")[1]
     assert "**Holds** (1 of 1)" in page and "1.01 ± 0.025" in page
+
+
+def test_the_command_takes_the_seeds_of_the_experiment(repository, capsys):
+    assert main(["reproduce", "fake", "--root", str(repository.root)]) == 0
+    assert [seed for seed, _ in repository.calls()] == ["0", "1", "2"]
 
 
 def test_figures_come_out_the_same_again(repository):
