@@ -127,21 +127,29 @@ def _show(args: argparse.Namespace, report: Any) -> None:
         Console().print(ASSUMPTIONS, style="dim", highlight=False)
 
 
+SHORT = {"compute": "math", "memory": "HBM", "interconnect": "links"}
+"""Heads of columns: the three bounds of the model."""
+
+
 def _compare(args: argparse.Namespace, reports: Sequence[tuple[str, Any]]) -> None:
     """A row a report: what it is of, its memory, and the model's times in milliseconds."""
-    from dyncomp.parallel.roofline import ASSUMPTIONS
+    from dyncomp.parallel.roofline import ASSUMPTIONS, NO_MODEL
 
     facts = [(name, _facts(report)) for name, report in reports]
     if args.json:
         print_json([{"config": name or args.configs[0], **found} for name, found in facts])
         return
-    head = ("mesh", "GiB", "fits", "ms", "compute", "memory", "links", "binds")
+    head = ("mesh", "GiB", "fits", "ms", *SHORT.values(), "binds")
     rows = []
     for name, found in facts:
         mesh = " x ".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1) or "1 device"
-        held = found["memory"]["peak"] / 2**30 if found["memory"] else None
-        keys = ("overlapped", "compute", "memory", "interconnect")
-        times = [1e3 * found["model"][key] if found["model"] else None for key in keys]
+        held = f"{found['memory']['peak'] / 2**30:.2f}" if found["memory"] else None
+        keys = ("overlapped", *SHORT)
+        times = [f"{1e3 * found['model'][key]:.3g}" if found["model"] else None for key in keys]
         fits = {True: "yes", False: "no", None: ""}[found["fits"]]
-        rows.append((f"{name} {mesh}".strip(), held, fits, *times, found["model"].get("binds")))
-    table(f"On {args.topology}, a device and a step", head, rows, ASSUMPTIONS)
+        label = f"{name} {mesh}" if name and len(args.configs) > 1 else mesh
+        binds = SHORT.get(found["model"].get("binds", ""))
+        rows.append((label, held, fits, *times, binds))
+    modelled = any(found["model"] for _, found in facts)
+    note = ASSUMPTIONS if modelled else NO_MODEL
+    table(f"On {args.topology}, a device and a step", head, rows, note)

@@ -48,6 +48,10 @@ ASSUMPTIONS = (
 )
 
 
+NO_MODEL = "no model of the time: the work of a step is known only when it runs, or the chip's peaks are not known"
+"""What is said where `predict` has nothing to say."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """Seconds that a step takes at least.
