@@ -43,8 +43,8 @@ class MultiExitPolicy(nn.Module):
     acts, it leaves at the first exit whose action is within a bound of the action of the exit before, computed by the
     same head from the same memory; asking never moves the memory, only the exit that is taken does.
 
-
-    ``auxiliary``. Control: ``thresholds`` [x - 1], minus eta.
+    Parameters: ``word_tokens``, ``see_i`` (an encoder for each size of picture), ``resample`` if there is one,
+    ``group_i``, ``act`` and ``auxiliary``. Control: ``thresholds`` [x - 1], minus eta.
 
     Attributes:
       vocab, words: size of the vocabulary, and places for the sentence.
