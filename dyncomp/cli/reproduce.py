@@ -23,6 +23,12 @@ def add(commands: Any) -> None:
         "--quick", action="store_true", help="a smoke run of under a minute; never evidence"
     )
     parser.add_argument(
+        "--platform",
+        default="cpu",
+        choices=("cpu", "cuda", "tpu"),
+        help="what seeds run on (default: one pinned CPU thread)",
+    )
+    parser.add_argument(
         "--root", metavar="DIR", help="folder of the evidence (default: experiments/)"
     )
     json_flag(parser)
@@ -49,7 +55,7 @@ def _main(args: argparse.Namespace) -> None:
 
     root = Path(args.root) if args.root else config.shipped().parent / "experiments"
     chosen = None if args.seeds is None else seeds(args.seeds)
-    result = reproduce(args.slug, seeds=chosen, quick=args.quick, root=root)
+    result = reproduce(args.slug, seeds=chosen, quick=args.quick, root=root, platform=args.platform)
     if args.json:
         print_json(result)
         return

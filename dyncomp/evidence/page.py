@@ -106,9 +106,14 @@ def _again(results: dict[str, Any]) -> str:
         for run in runs
     )
     versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items() if v)
+    devices, platforms = (
+        [*dict.fromkeys(run.get(name, "cpu") for run in runs)] for name in ("device", "platform")
+    )
+    where = "one pinned thread" if devices == ["cpu"] else f"on {', '.join(devices)}"
+    flags = f"--seeds {seeds}" + ("" if devices == ["cpu"] else f" --platform {platforms[0]}")
     return (
-        f"## Run it again\n\n```\ndyncomp reproduce {results['slug']} --seeds {seeds}\n```\n\n"
-        f"Minutes a seed, all arms, one pinned thread: {minutes}. {made['cpu']}, Python {made['python']}, "
+        f"## Run it again\n\n```\ndyncomp reproduce {results['slug']} {flags}\n```\n\n"
+        f"Minutes a seed, all arms, {where}: {minutes}. {made['cpu']}, Python {made['python']}, "
         f"{versions}; {made['date']}. Git revision of the seeds: {', '.join(revisions)} (+: with changes). "
         f"SHA-256 of claims.toml: `{results['claims_digest'][:16]}`."
     )

@@ -37,6 +37,7 @@ def reproduce(
     quick: bool = False,
     root: Path | None = None,
     resume: bool = True,
+    platform: str = "cpu",
 ) -> dict[str, Any]:
     """Runs the evidence of a system, or what is left of it.
 
@@ -46,6 +47,7 @@ def reproduce(
       quick: a smoke run in a temporary folder; never evidence, writes nothing under ``root``.
       root: folder of the experiments; default ``./experiments``.
       resume: skip seeds that are finished; False runs all of them again.
+      platform: of JAX, that seeds run on; the page names what is not a CPU.
 
     Returns:
       What ``results.json`` holds: slug, title, claims_digest, environment, arms, metrics, runs, claims.
@@ -67,11 +69,13 @@ def reproduce(
         chosen = list(seeds or getattr(module, "SEEDS", SEEDS))
         if quick:
             with tempfile.TemporaryDirectory(prefix="dyncomp-quick-") as work:
-                runs = _run_seeds(folder, chosen[:1], Path(work), quick=True, resume=False)
+                runs = _run_seeds(
+                    folder, chosen[:1], Path(work), quick=True, resume=False, platform=platform
+                )
                 return _results(folder, module, claims, runs, quick=True)
         _check_committed(folder / "claims.toml")
         work = folder.parents[1] / "runs" / "evidence" / slug
-        runs = _run_seeds(folder, chosen, work, quick=False, resume=resume)
+        runs = _run_seeds(folder, chosen, work, quick=False, resume=resume, platform=platform)
         results = _results(folder, module, claims, runs, quick=False)
         _publish(folder, module, results, work)
         return _plain(results)
@@ -92,7 +96,13 @@ def _stamp(folder: Path) -> dict[str, str]:
 
 
 def _run_seeds(
-    folder: Path, seeds: Sequence[int], work: Path, *, quick: bool, resume: bool
+    folder: Path,
+    seeds: Sequence[int],
+    work: Path,
+    *,
+    quick: bool,
+    resume: bool,
+    platform: str,
 ) -> list[dict[str, Any]]:
     work.mkdir(parents=True, exist_ok=True)
     found = {seed: _finished(folder, work, seed) for seed in seeds} if resume else {}
@@ -102,7 +112,7 @@ def _run_seeds(
         say = f"{folder.name}: seed {seed} ({count} of {len(seeds)})"
         if record is None:
             print(f"{say} ...", file=sys.stderr, flush=True)
-            record = _run_seed(folder, seed, work, quick)
+            record = _run_seed(folder, seed, work, quick, platform)
             print(f"{say}: {record['seconds'] / 60:.1f} minutes", file=sys.stderr, flush=True)
         else:
             print(f"{say}: done before", file=sys.stderr, flush=True)
@@ -125,7 +135,9 @@ def _finished(folder: Path, work: Path, seed: int) -> dict[str, Any] | None:
     return record
 
 
-def _run_seed(folder: Path, seed: int, work: Path, quick: bool) -> dict[str, Any]:
+def _run_seed(
+    folder: Path, seed: int, work: Path, quick: bool, platform: str = "cpu"
+) -> dict[str, Any]:
     """Runs a seed in a process of its own and saves its record in one step of the file system."""
     own, stamp = work / f"seed_{seed}", _stamp(folder)
     shutil.rmtree(own, ignore_errors=True)
@@ -135,9 +147,8 @@ def _run_seed(folder: Path, seed: int, work: Path, quick: bool) -> dict[str, Any
     command += [str(seed), str(own), *(["--quick"] if quick else [])]
     log = own / "log.txt"
     with log.open("w") as stream:
-        done = subprocess.run(
-            command, env={**os.environ, **PINNED}, stdout=stream, stderr=subprocess.STDOUT
-        )
+        env = {**os.environ, **PINNED, "JAX_PLATFORMS": platform}
+        done = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
     if done.returncode:
         last = (log.read_text().strip().splitlines() or ["no message"])[-1]
         kept = "" if quick else f"; all of it in {log}"
@@ -164,6 +175,7 @@ def _results(
             "seconds": record["seconds"],
             "peak_bytes": record["peak_bytes"],
             "environment": record["environment"],
+            **{name: record.get(name, "cpu") for name in ("device", "platform")},
             "arms": {
                 arm: {"trials": trials.get(arm), "figures": figures}
                 for arm, figures in record["figures"].items()

@@ -60,8 +60,18 @@ def run(path: Path, seed: int, folder: Path, quick: bool) -> dict[str, Any]:
     plain = {a: {k: float(v) for k, v in figures[a].items()} for a in module.ARMS}
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    record = {"seed": seed, "seconds": seconds, "peak_bytes": peak, "figures": plain}
+    record = {
+        **{"seed": seed, "seconds": seconds, "peak_bytes": peak, "figures": plain},
+        **{"device": _device(), "platform": os.environ.get("JAX_PLATFORMS", "cpu")},
+    }
     return record if shown is None else {**record, "shown": shown}
+
+
+def _device() -> str:
+    """Kind of the device that computed, "cpu" or what an accelerator calls itself."""
+    import jax
+
+    return jax.devices()[0].device_kind
 
 
 def main(argv: list[str]) -> int:

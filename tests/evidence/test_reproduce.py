@@ -7,6 +7,7 @@ import pytest
 from dyncomp.cli.main import main
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.lock import measuring
+from dyncomp.evidence.page import write_page
 from dyncomp.evidence.reproduce import reproduce
 
 
@@ -26,6 +27,17 @@ def test_end_to_end(repository):
     assert "It decides nothing." in page and "figures/dots.svg" in page
     assert "a \\| loss" not in page.split("| arm")[1]
     assert "**Holds** (1 of 1)" in page and "1.01 ± 0.025" in page
+
+
+def test_the_page_names_the_device(repository):
+    found = reproduce("fake", root=repository.root)
+    read = lambda: (repository.folder / "README.md").read_text()
+    assert "reproduce fake --seeds 0,1,2\n" in read() and "one pinned thread" in read()
+    for run in found["runs"]:
+        assert (run.pop("device"), run.pop("platform")) == ("cpu", "cpu")
+        run |= {"device": "A chip", "platform": "tpu"}
+    write_page(repository.folder, found)
+    assert "reproduce fake --seeds 0,1,2 --platform tpu\n" in read() and "on A chip:" in read()
 
 
 def test_the_command_takes_the_seeds_of_the_experiment(repository, capsys):
