@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "dyncomp_kernels"
-LIGHT = ("transformers", "torch", "gin", "datasets", "tensorflow", "diffrax", "equinox")
+LIGHT = (
+    *("transformers", "torch", "gin", "datasets", "pandas", "matplotlib", "sklearn"),
+    *("tensorflow", "diffrax", "equinox"),
+)
 TOP = {
     *("pyproject.toml", "dyncomp", "kernels", "experiments", "configs", "tests", "README.md"),
     *("Makefile", "docs", ".ci", "constraints.txt", "LICENSE", "CHANGELOG.md"),
@@ -153,6 +156,7 @@ def test_library_imports_no_peer_and_no_config_language():
     code = f"""
 import sys
 from dyncomp import attention, exits, experts, models, pretrained, recurrent, routers, runtime
+from dyncomp import decoding, tasks, training
 print([m for m in {LIGHT!r} if m in sys.modules])
 """
     assert run_python(code) == "[]"

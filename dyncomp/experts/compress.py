@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Float, Int
@@ -59,6 +58,8 @@ def align(reference: Mapping[str, Any], other: Mapping[str, Any]) -> Int[np.ndar
     One expert each: gate, up [d f], down [f d]. Maximises the summed inner products of matched neurons' gate and up
     columns and down rows (Hungarian), which minimises the squared distance of the two experts.
     """
+    from scipy.optimize import linear_sum_assignment
+
     flat = [np.concatenate([w["gate"].T, w["up"].T, w["down"]], axis=1) for w in (reference, other)]
     gain = np.asarray(flat[0], np.float64) @ np.asarray(flat[1], np.float64).T
     return linear_sum_assignment(gain, maximize=True)[1]

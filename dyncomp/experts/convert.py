@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Float, Int
@@ -60,6 +59,7 @@ def balanced_clusters(
     Centres come from scikit-learn's k-means; then points and centres are matched (Hungarian, every centre s times) and
     centres moved, ``rounds`` times. The matching takes n^3 steps at worst: minutes for n of several thousand.
     """
+    from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
 
     points = np.asarray(points, np.float64)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +26,9 @@ LOG2E = 1.4426950408889634
 
 @dataclasses.dataclass(frozen=True)
 class WindowSource:
-    """Windows of context + 1 tokens from a memory-mapped Arrow table."""
+    """Windows of context + 1 tokens from a memory-mapped Arrow table, a `datasets.Dataset`."""
 
-    table: datasets.Dataset
+    table: Any
 
     def __len__(self) -> int:
         return len(self.table)

@@ -1,20 +1,24 @@
 """Data sets by name through `datasets`, with one-line errors where there is no network."""
 
 from collections.abc import Mapping, Sequence
-
-import datasets
+from typing import Any
 
 from dyncomp.core.errors import DyncompError
 
 DataFiles = Mapping[str, str] | Sequence[str] | None
 
 
-def load_hub(name: str, config: str | None, data_files: DataFiles, split: str) -> datasets.Dataset:
+def load_hub(name: str, config: str | None, data_files: DataFiles, split: str) -> Any:
     """One split of a hub data set, or of local files through a builder ("json", "parquet", "text", "imagefolder").
+
+    Returns:
+      A `datasets.Dataset`.
 
     Raises:
       DyncompError: offline, no such data set, no such split, or unreadable files.
     """
+    import datasets
+
     if not name:
         raise DyncompError("no data set name: set name to a hub name, or to 'json' with data_files")
     files = dict(data_files) if isinstance(data_files, Mapping) else list(data_files or ())
