@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dyncomp.attention import Attention, TokenSelection
+from dyncomp.attention.counts import counts_of
 from dyncomp.attention.token_selection import votes_of
 
 D, H, G = 24, 6, 3
@@ -105,7 +106,7 @@ def test_the_list_is_ascending_and_as_long_as_promised():
     for aux in found[1:]:
         state = aux.cache
         count = state.seen()
-        slots, seen = policy._list(state, state.positions, count, 1)
+        slots, seen = policy._list(state, counts_of(state.positions >= 0), 1)
         kept = np.asarray(slots[0])[np.asarray(seen[0])]
         assert np.all(np.diff(kept) > 0)
         assert len(kept) == min(int(count[0]), 11)
