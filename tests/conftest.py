@@ -16,6 +16,12 @@ import psutil  # noqa: E402
 import pytest  # noqa: E402
 
 MOST_BYTES = 3 * 2**30
+LONG = ("tests/docs/", "tests/bench/", "training/test_faults.py", "training/test_processes.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first: one that began last would keep the other process waiting."""
+    items.sort(key=lambda item: not any(part in item.path.as_posix() for part in LONG))
 
 
 @pytest.fixture(scope="module", autouse=True)
