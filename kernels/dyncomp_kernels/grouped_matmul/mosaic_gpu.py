@@ -61,7 +61,7 @@ def _product(rows: Array, weights: Array, group_sizes: Array, transposed: bool) 
     name = "grouped_row_gradient" if transposed else "grouped_forward"
     if out[1] % mosaic_wide.WIDE:
         body = functools.partial(product_kernel, transposed)
-        return _call(name, body, SMS, out, *tables, padded, weights)[:m]
+        return _call(name, body, SMS, out, *tables[:4], padded, weights)[:m]
     live = jnp.sum(tables.rows > 0, dtype=jnp.int32)[None]
     paired = out[1] % (2 * mosaic_wide.WIDE) == 0
     body = functools.partial(mosaic_wide.product_kernel, transposed, paired)

@@ -7,6 +7,15 @@
     |  warpgroup 1: rows 64 .. 127  |       store the sums while the next tile's first products run
 
 Two blocks may be a pair (a cluster): they take two tiles that share an operand, and each copies half of it for both.
+A product takes group after group, so that the weights of each are read from memory about once::
+
+    columns   0  1     2  3            a group of five row tiles and the order of its tiles; those of a pair have one
+    row 0   | 0  1  |  5  6  | ..      number: two row tiles share the weights of a column, and the last one of an odd
+    row 1   | 0  1  |  5  6  |         number is shared by two columns
+    row 2   | 2  3  |  7  8  |
+    row 3   | 2  3  |  7  8  |
+    row 4   | 4  4  |  9  9  |
+
 Every tile is multiplied whole, a group's last one too.
 """
 
@@ -27,8 +36,8 @@ WIDE, HALF, CHUNK = 256, 64, 64
 STEPS = 4
 """Steps in flight."""
 
-WIDTH, NARROW = 16, 8
-"""Column tiles that share the rows in the cache: of a product, of a weight gradient."""
+BAND, WIDTH, NARROW = 8, 16, 8
+"""Row tiles that share weights in the cache, column tiles that share rows, and these of a weight gradient."""
 
 HALVES, COPIER, REGISTERS = 2, 2, (232, 40)
 """Warpgroups that multiply, index of the one that copies, registers of their threads and of its."""
@@ -54,35 +63,52 @@ class Tile(NamedTuple):
     store: Callable[..., None]
 
 
-def product_kernel(transposed: bool, paired: bool, live, group, base, skip, own, left, right, out):
-    """Forward and row gradient: rows of a tile (`tiles.Tiles`) with their group's matrix; own rows are stored."""
+def product_kernel(
+    transposed: bool, paired: bool, live, group, base, skip, own, first, many, left, right, out
+):
+    """Forward and row gradient: rows of a tile (`tiles.Tiles`) with their group's matrix; own rows are stored.
+
+    A pair of blocks takes two row tiles of a group and one column tile, whose weights each copies half of for both;
+    the last row tile of an odd number and two column tiles, whose rows they share.
+    """
     groups, inner = right.shape[0], left.shape[1]
     columns = out.shape[1] // WIDE // (1 + paired)
-    shared = PAIR if paired else None
 
     def tile(index) -> Tile:
-        at, column = _place(index, live[0], columns, WIDTH // (1 + paired))
-        if paired:
-            column = 2 * column + lax.axis_index(PAIR)
+        at, column, lone = _place_in_group(
+            index, first, many, columns, WIDTH // (1 + paired), paired
+        )
         weights = right.at[jnp.minimum(group[at], groups - 1)]
         rows, across = pl.ds(pl.multiple_of(base[at], ALIGNED), TILE), pl.ds(column * WIDE, WIDE)
 
         def copy(step, a, b, barrier):
             inside = pl.ds(step * INNER, INNER)
             place = (across, inside) if transposed else (inside, across)
-            plgpu.copy_gmem_to_smem(left.at[rows, inside], a, barrier, collective_axes=shared)
-            plgpu.copy_gmem_to_smem(weights.at[place], b, barrier)
+
+            def both(left_axes, right_axes):
+                plgpu.copy_gmem_to_smem(
+                    left.at[rows, inside], a, barrier, collective_axes=left_axes
+                )
+                plgpu.copy_gmem_to_smem(weights.at[place], b, barrier, collective_axes=right_axes)
+
+            if lone is None:
+                both(None, None)
+            else:
+                pl.when(lone)(lambda: both(PAIR, None))
+                pl.when(jnp.logical_not(lone))(lambda: both(None, PAIR))
+
+        half = lax.axis_index(PART) * HALF
+        top = jnp.clip(skip[at] - half, 0, HALF)
+        count = jnp.clip(skip[at] + own[at] - half, 0, HALF) - top
 
         def store(total, kept, i):
-            first = lax.axis_index(PART) * HALF
-            top = jnp.clip(skip[at] - first, 0, HALF)
-            count = jnp.clip(skip[at] + own[at] - first, 0, HALF) - top
             place = lambda row, n: out.at[
-                pl.ds(base[at] + first + row, n), pl.ds(column * WIDE + i, CHUNK)
+                pl.ds(base[at] + half + row, n), pl.ds(column * WIDE + i, CHUNK)
             ]
             _store_rows(_fill(kept, total, i), top, count, place)
 
-        return Tile(jnp.where(group[at] < groups, inner // INNER, 0), copy, store)
+        steps = jnp.where(group[at] < groups, inner // INNER, 0)
+        return Tile(steps, copy, store)
 
     def operands(a, b):
         mine = a.at[pl.ds(lax.axis_index(PART) * HALF, HALF)]
@@ -155,6 +181,33 @@ def edges(rows, starts, ends):
     own = (index >= starts[:, None, None]) & (index < ends[:, None, None])
     taken = rows[jnp.minimum(index, rows.shape[0] - 1)]
     return jnp.where(own[..., None], taken, 0).reshape(-1, rows.shape[1])
+
+
+def _place_in_group(index, first, many, columns: int, width: int, paired: bool):
+    """Row tile and column tile of the ``index``-th task, and whether a pair of blocks shares its rows.
+
+    Group after group, so that its weights are read once; in planes of ``width`` columns, in bands of `BAND` row tiles,
+    column after column, all row tiles of a band one after the other; every second plane in reverse.
+    """
+    some = lax.div(index, columns)  # a row tile of the group
+    begin, rows = first[some], many[some]
+    inside = index - begin * columns
+    plane = lax.div(inside, rows * width)
+    wide = jnp.minimum(columns - plane * width, width)
+    inside = inside - plane * (rows * width)
+    inside = jnp.where(lax.rem(plane, 2) == 1, rows * wide - 1 - inside, inside)
+    band = lax.div(inside, BAND * wide)
+    inside = inside - band * (BAND * wide)
+    tall = jnp.minimum(rows - band * BAND, BAND)
+    column = lax.div(inside, tall)
+    row = inside - column * tall
+    begin, column = begin + band * BAND, plane * width + column
+    if not paired:
+        return begin + row, column, None
+    me, odd = lax.axis_index(PAIR), lax.rem(row, 2)
+    lone = (odd == 0) & (row == tall - 1)
+    at = begin + jnp.where(lone, row, row - odd + me)
+    return at, 2 * column + jnp.where(lone, me, odd), lone
 
 
 def _place(index, rows, columns: int, width: int):

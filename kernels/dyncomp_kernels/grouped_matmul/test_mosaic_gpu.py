@@ -41,12 +41,16 @@ def test_tiles_cover_every_row_once_within_its_group(case):
     found = tiles(jnp.asarray(case.sizes, jnp.int32), case.m, 16)
     owner = np.repeat(np.arange(len(case.sizes) + 1), [*case.sizes, case.m - sum(case.sizes)])
     seen = []
-    for group, base, skip, rows in zip(*map(np.asarray, found), strict=True):
+    for at, (group, base, skip, rows, first, many) in enumerate(
+        zip(*map(np.asarray, found), strict=True)
+    ):
         if rows:
+            own = slice(first, first + many)
+            assert first <= at < first + many and (found.group[own] == group).all()
             assert base % 8 == 0 and 0 <= skip < 8 and skip + rows <= 16
-            own = range(base + skip, base + skip + rows)
-            assert set(owner[own]) == {group}
-            seen += own
+            at = range(base + skip, base + skip + rows)
+            assert set(owner[at]) == {group}
+            seen += at
     assert seen == list(range(case.m))
 
 
@@ -57,7 +61,10 @@ def test_lowers_for_cuda_without_one(case):
     assert "stablehlo.while" not in text.split("func.func private")[0]  # no portable loop
 
 
-WIDE = (Case("pairs", 301, 256, 512, ODD.sizes), Case("no_pairs", 150, 384, 256, (3, 0, 80, 1)))
+WIDE = (
+    Case("pairs", 301, 256, 512, ODD.sizes),
+    Case("no_pairs", 150, 384, 256, (3, 0, 80, 1)),
+)
 
 
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="from jax 0.11 on")
@@ -79,6 +86,27 @@ def test_wide_kernels_by_the_interpreter(name, case, monkeypatch):
         np.asarray(found, np.float64), exact, atol=1e-2 * np.abs(exact).max()
     )
     assert not get_races().races_found
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("columns", [1, 5, 10])
+def test_every_tile_of_a_product_is_computed_once(columns, paired, monkeypatch):
+    monkeypatch.setattr(mosaic_wide.lax, "axis_index", lambda name: member)
+    monkeypatch.setattr(mosaic_wide, "BAND", 4)
+    found = tiles(jnp.asarray((300, 0, 5, 2000), jnp.int32), 2400, 128)
+    live, seen = int((found.rows > 0).sum()), []
+    for member in range(1 + paired):
+        index = jnp.arange(live * columns, dtype=jnp.int32)
+        at, column, lone = mosaic_wide._place_in_group(
+            index, found.first, found.many, columns, 4, paired
+        )
+        seen.append(np.stack([at, column], 1))
+        assert (found.group[at] == found.group[index // columns]).all()  # group after group
+        if paired:
+            rows, across = seen[0][:, 0] == at, seen[0][:, 1] == column
+            assert member == 0 or ((rows == lone).all() and (across != lone).all())
+    every = {(i, j) for i in range(live) for j in range(columns * (1 + paired))}
+    assert sorted(map(tuple, np.concatenate(seen).tolist())) == sorted(every)
 
 
 def test_edges_hold_only_own_rows():

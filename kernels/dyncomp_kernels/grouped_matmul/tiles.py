@@ -24,12 +24,21 @@ ALIGNED = 8
 
 
 class Tiles(NamedTuple):
-    """int32 [c] each: ``group`` (e for unused rows), first row ``base``, rows to ``skip``, own ``rows`` after them."""
+    """int32 [c] each.
+
+    Attributes:
+      group: e for unused rows.
+      base: first row.
+      skip, rows: rows that are not the group's, and own rows after them.
+      first, many: the group's first tile, and how many it has.
+    """
 
     group: Array
     base: Array
     skip: Array
     rows: Array
+    first: Array
+    many: Array
 
 
 def tiles(group_sizes: Array, rows: int, tile: int) -> Tiles:
@@ -50,6 +59,8 @@ def tiles(group_sizes: Array, rows: int, tile: int) -> Tiles:
     index = jnp.arange(capacity, dtype=jnp.int32)
     group = jnp.sum(stops[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
     group = jnp.minimum(group, sizes.shape[0] - 1)
-    base = first[group] + (index - (stops - count)[group]) * tile
+    own_first = (stops - count)[group]
+    base = first[group] + (index - own_first) * tile
     skip = jnp.maximum(starts[group] - base, 0)
-    return Tiles(group, base, skip, jnp.clip(ends[group] - base, 0, tile) - skip)
+    own = jnp.clip(ends[group] - base, 0, tile) - skip
+    return Tiles(group, base, skip, own, own_first, count[group])
