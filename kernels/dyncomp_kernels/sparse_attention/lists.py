@@ -49,7 +49,9 @@ def lists_of(chosen: Array, rows: int, columns: int, most: int | None = None) ->
       most: m, longest list; a longer one loses its last blocks. Default y.
     """
     blocks = chosen.shape[-1]
-    order = jnp.argsort(~chosen, axis=-1, stable=True).astype(jnp.int32)
+    place = jnp.arange(blocks, dtype=jnp.int32)
+    order = jnp.sort(jnp.where(chosen, place, place + blocks), axis=-1, stable=False)
+    order = jnp.where(order < blocks, order, order - blocks)
     most = blocks if most is None else min(most, blocks)
     count = jnp.minimum(jnp.sum(chosen, axis=-1, dtype=jnp.int32), most)
     return BlockLists(order[..., :most], count, rows, columns)

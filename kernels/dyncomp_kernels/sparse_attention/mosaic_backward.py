@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dyncomp_kernels.sparse_attention.lists import blocks_of
 from dyncomp_kernels.sparse_attention.mosaic_pieces import (
     COPIER,
     HALF,
@@ -31,6 +32,8 @@ from dyncomp_kernels.sparse_attention.mosaic_pieces import (
     QueryTile,
     along,
     masked,
+    ranked,
+    start_of,
     taken,
 )
 
@@ -61,18 +64,18 @@ class Task(NamedTuple):
     store: Callable[..., None]
 
 
-def query_kernel(plan: Plan, offset, order, length, index, q, d_out, numbers, k, v, *rest) -> None:
+def query_kernel(plan: Plan, order, index, q, d_out, numbers, k, v, *rest) -> None:
     """Gradient of the queries.
 
     Args:
-      offset, order, length, index, q, k, v: as `mosaic_forward.forward_kernel`; d_out: like q.
+      order, index, q, k, v: as `mosaic_forward.forward_kernel`; d_out: like q.
       numbers: float32 [b h 2 t']: log-sum-exp in base 2, and what slopes lose.
       rest: marks of padding, as there; then d_q, like q.
     """
     *marks, d_q = rest
 
     def task(turn) -> Task:
-        tile = QueryTile.of(plan, turn, order, length, index)
+        tile = QueryTile.of(plan, turn, order, index)
 
         def load(part, first, second, barrier):
             head, rows = tile.half(part)
@@ -90,7 +93,7 @@ def query_kernel(plan: Plan, offset, order, length, index, q, d_out, numbers, k,
             less, lost = (taken(numbers.at[tile.batch, head, i, rows], 0) for i in range(2))
 
             def weight(key, scores, _):
-                scores = masked(plan, scores, tile.batch, offset[0] + rows.start, key, marks)
+                scores = masked(plan, scores, tile.batch, start_of(order) + rows.start, key, marks)
                 return jnp.exp2(scores * plan.scale - along(less, scores, 0))
 
             return weight, lambda weights, slopes, _: weights * (slopes - along(lost, slopes, 0))
@@ -105,31 +108,31 @@ def query_kernel(plan: Plan, offset, order, length, index, q, d_out, numbers, k,
     _persistent(plan, plan.query_turns, task, plan.keys, QUERY_STAGES, 1, q.dtype)
 
 
-def key_kernel(
-    plan: Plan, offset, order, length, index, count, q, d_out, numbers, k, v, *rest
-) -> None:
-    """Gradients of keys and values.
+def key_kernel(plan: Plan, order, index, count, q, d_out, numbers, k, v, *rest) -> None:
+    """Gradients of keys and values, of every part of the queries (`Plan.parts`).
 
     Args:
-      order: blocks of keys [b*g*y], as flat indices, longest list first; length: of their lists, of all groups.
+      order: blocks of keys [b*g*y], by the lengths of the lists of all groups (`mosaic_gpu.by_length`).
       index, count: [w a y x] and [w a y], the transposed lists.
       q, d_out, numbers, k, v: as `query_kernel`.
-      rest: marks of padding; then d_k, d_v, like k.
+      rest: marks of padding; then d_k, d_v, like k, of each part.
     """
     *marks, d_k, d_v = rest
     size = plan.size
-    groups, tiles = size.u // size.g, size.columns // KEYS
+    groups, tiles, parts = size.u // size.g, size.columns // KEYS, plan.parts
+    share = plan.halves // parts
 
     def task(turn) -> Task:
-        rank, live = plan.dealt(turn, size.b * size.g * size.y * tiles)
-        place, tile = lax.div(rank, tiles), lax.rem(rank, tiles)
-        row, block = lax.div(order[place], size.y), lax.rem(order[place], size.y)
+        rank, live = plan.dealt(turn, plan.key_items)
+        place, length = ranked(order, lax.div(rank, tiles * parts), groups * size.x)
+        tile, part = lax.rem(lax.div(rank, parts), tiles), lax.rem(rank, parts)
+        row, block = lax.div(place, size.y), lax.rem(place, size.y)
         batch, head = lax.div(row, size.g), lax.rem(row, size.g)
         begin = pl.multiple_of(block * size.columns + tile * KEYS, KEYS)
 
         def queries(j):
             """Head of the queries that step ``j`` reads, and which they are."""
-            group, own = head * groups, lax.div(j, plan.halves)
+            group, own = head * groups, lax.div(j, share)
             if size.a > size.g:
                 later = jnp.int32(0)
                 for other in range(groups - 1):  # whose list holds the entry
@@ -141,10 +144,10 @@ def key_kernel(
                     )
                 group = group + later
             entry = index[*plan.list_of(batch, group), block, own]
-            return plan.half(group, entry, lax.rem(j, plan.halves))
+            return plan.half(group, entry, part * share + lax.rem(j, share))
 
-        def load(part, first, second, barrier):
-            slab = batch, pl.ds(begin + part * HALF, HALF), head
+        def load(half, first, second, barrier):
+            slab = batch, pl.ds(begin + half * HALF, HALF), head
             plgpu.copy_gmem_to_smem(k.at[slab], first, barrier)
             plgpu.copy_gmem_to_smem(v.at[slab], second, barrier)
 
@@ -156,10 +159,10 @@ def key_kernel(
             for i in range(2):
                 plgpu.copy_gmem_to_smem(numbers.at[batch, own, i, rows], told.at[i], barrier)
 
-        def weigh(part):
+        def weigh(half):
             def weight(at, scores, told):
-                key = begin + part * HALF
-                scores = masked(plan, scores, batch, offset[0] + at, key, marks, axis=0)
+                key = begin + half * HALF
+                scores = masked(plan, scores, batch, start_of(order) + at, key, marks, axis=0)
                 return jnp.exp2(scores * plan.scale - along(taken(told.at[0], 1), scores, 1))
 
             def slope(weights, slopes, told):
@@ -167,17 +170,17 @@ def key_kernel(
 
             return weight, slope
 
-        def store(sums, kept, part):
-            rows = batch, pl.ds(begin + part * HALF, HALF), head
+        def store(sums, kept, half):
+            rows = part, batch, pl.ds(begin + half * HALF, HALF), head
             _fill(kept, sums[0] * (1 / math.sqrt(size.p)))
             plgpu.copy_smem_to_gmem(kept, d_k.at[rows])
             _fill(kept, sums[1])
             plgpu.copy_smem_to_gmem(kept, d_v.at[rows])
 
-        steps = jnp.where(live, length[place] * plan.halves, 0)
+        steps = jnp.where(live, length * share, 0)
         return Task(live, steps, load, copy, lambda j: queries(j)[1].start, weigh, store)
 
-    _persistent(plan, plan.key_turns, task, HALF, KEY_STAGES, 2, q.dtype)
+    _persistent(plan, blocks_of(plan.key_items, plan.sms), task, HALF, KEY_STAGES, 2, q.dtype)
 
 
 def _fill(kept, total) -> None:

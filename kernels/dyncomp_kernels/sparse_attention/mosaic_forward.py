@@ -27,6 +27,7 @@ from dyncomp_kernels.sparse_attention.mosaic_pieces import (
     along,
     by_rows,
     masked,
+    start_of,
     zeros,
 )
 from dyncomp_kernels.sparse_attention.scores import LOG2E, LOW
@@ -35,18 +36,17 @@ STAGES, QUEUE = 2, 2
 """Tiles of keys and of queries that are in shared memory."""
 
 
-def forward_kernel(plan: Plan, offset, order, length, index, q, k, v, *rest) -> None:
+def forward_kernel(plan: Plan, order, index, q, k, v, *rest) -> None:
     """Blocks of queries in descending length, dealt to the blocks of threads to and fro.
 
     Args:
-      offset: int32 [1]; order: the blocks of queries [b*u*x], as flat indices, longest list first; length: of their
-        lists; index: [w a x m].
+      order: the blocks of queries [b*u*x] (`mosaic_gpu.by_length`); index: [w a x m].
       q: [b t' h p]; k, v: [b s' g p]; rest: marks of padding (`mosaic_pieces.masked`); then out, like q, and lse
         [b h t'].
     """
     *marks, out, lse = rest
     size, dtype, turns = plan.size, q.dtype, plan.query_turns
-    tile_of = lambda i: QueryTile.of(plan, i, order, length, index)
+    tile_of = lambda i: QueryTile.of(plan, i, order, index)
 
     def roles(
         queries, keys, values, kept, sums, q_full, k_full, v_full, q_free, k_free, v_free, turn
@@ -107,7 +107,7 @@ def forward_kernel(plan: Plan, offset, order, length, index, q, k, v, *rest) -> 
                 begun, asked = carry
                 own = tile_of(i)
                 head, rows = own.half(part)
-                place, room = offset[0] + rows.start, queue(asked)
+                place, room = start_of(order) + rows.start, queue(asked)
                 mine = queries.at[room, part]
                 pl.when(own.steps > 0)(lambda: plgpu.barrier_wait(q_full.at[room * HALVES + part]))
 

@@ -15,15 +15,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dyncomp_kernels._compat import vary_like
 from dyncomp_kernels.sparse_attention import pallas_triton
 from dyncomp_kernels.sparse_attention.layout import Layout
-from dyncomp_kernels.sparse_attention.lists import BlockLists, transposed
+from dyncomp_kernels.sparse_attention.lists import BlockLists, blocks_of, transposed
 from dyncomp_kernels.sparse_attention.mosaic_backward import key_kernel, query_kernel
 from dyncomp_kernels.sparse_attention.mosaic_forward import forward_kernel
-from dyncomp_kernels.sparse_attention.mosaic_pieces import HALF, HALVES, HIDDEN, KEYS, PART, Plan
+from dyncomp_kernels.sparse_attention.mosaic_pieces import (
+    HALF,
+    HALVES,
+    HIDDEN,
+    KEYS,
+    PART,
+    START,
+    Plan,
+)
 from dyncomp_kernels.sparse_attention.scores import LOG2E, LOW
 from dyncomp_kernels.sparse_attention.xla import Seeing
 
 SMS = 132
 """Multiprocessors of an H100 or H200 (SXM); with fewer the kernels are right but slower."""
+
+FEW, MANY = 4, 8
+"""Tiles of keys a multiprocessor: up to how many parts are made, and up to where each has threads of its own."""
 
 
 def supports(q: Any, k: Any, lists: BlockLists) -> str | None:
@@ -41,7 +52,12 @@ def supports(q: Any, k: Any, lists: BlockLists) -> str | None:
         )
     if n % (HALVES * HALF):
         return f"mosaic_gpu takes {HALVES * HALF} queries of a block and group at a time, not {n}"
-    return None if lists.index.size else "mosaic_gpu takes lists that may hold a block"
+    if not lists.index.size:
+        return "mosaic_gpu takes lists that may hold a block"
+    (_, a, x, most), (b, s, g, _) = lists.index.shape, k.shape
+    groups = max(a, g)
+    codes = max(b * groups * x * (most + 1), b * blocks_of(s, lists.columns) * (groups * x + g))
+    return None if codes < 2**31 else f"mosaic_gpu takes fewer lists: {codes} codes of their order"
 
 
 def on_hopper() -> bool:
@@ -64,7 +80,8 @@ def forward(
     size = Layout.of(q, k, lists, seeing)
     plan, long = Plan(size, SMS), size.x * size.rows
     queries, *rest = _padded(q, long), *_keys(plan, k, v, real)
-    args = offset.reshape(1), *by_length(_counts(lists.count, size)), lists.index, queries, *rest
+    order = by_length(_counts(lists.count, size), size.m, offset)
+    args = order, lists.index, queries, *rest
     outs = [(queries.shape, q.dtype), ((size.b, size.h, long), jnp.float32)]
     out, lse = _call("sparse_attention_forward", forward_kernel, plan, outs, args)
     return out[:, : size.t], lse[..., : size.t].swapaxes(1, 2)
@@ -88,24 +105,47 @@ def backward(
     numbers = jnp.stack([_padded(x, long).swapaxes(1, 2) for x in (shift, delta)], axis=2)
     streams = _padded(q, long), _padded(d_out.astype(q.dtype), long), numbers
     keys = _keys(plan, k, v, real)
-    tables = by_length(_counts(lists.count, size))
-    args = offset.reshape(1), *tables, lists.index, *streams, *keys
+    order = by_length(_counts(lists.count, size), size.m, offset)
     outs = [(streams[0].shape, q.dtype)]
+    args = order, lists.index, *streams, *keys
     (d_q,) = _call("sparse_attention_query_gradient", query_kernel, plan, outs, args)
-    back = transposed(lists, size.y)
+    back, plan = transposed(lists, size.y), _key_plan(size)
     counts = jnp.broadcast_to(back.count, (size.b, size.u, size.y))
-    tables = by_length(counts.reshape(size.b, size.g, -1, size.y).sum(2))
-    args = offset.reshape(1), *tables, back.index, back.count, *streams, *keys
-    outs = [(keys[0].shape, k.dtype)] * 2
-    d_k, d_v = _call("sparse_attention_key_gradients", key_kernel, plan, outs, args)
+    counts = counts.reshape(size.b, size.g, -1, size.y).sum(2)
+    order = by_length(counts, size.u // size.g * size.x, offset)
+    outs = [((plan.parts, *keys[0].shape), k.dtype)] * 2
+    args = order, back.index, back.count, *streams, *keys
+    found = _call("sparse_attention_key_gradients", key_kernel, plan, outs, args)
+    d_k, d_v = (x[0] if plan.parts == 1 else _added(x) for x in found)
     return d_q[:, : size.t], d_k[:, : size.s], d_v[:, : size.s]
 
 
-def by_length(counts: Array) -> tuple[Array, Array]:
-    """Blocks as flat indices, those with the longest lists first, and the lengths of their lists."""
+def _key_plan(size: Layout) -> Plan:
+    """How tiles of keys are divided.
+
+    Where they are few, each in parts: else the longest list takes longer than all others' share. Where there are not
+    many a multiprocessor, each in a block of threads of its own: the GPU starts the next where one is done, the longest
+    first.
+    """
+    plan = Plan(size, SMS)
+    while plan.halves % (2 * plan.parts) == 0 and 2 * plan.key_items <= FEW * SMS:
+        plan = Plan(size, SMS, 2 * plan.parts)
+    return Plan(size, plan.key_items, plan.parts) if plan.key_items <= MANY * SMS else plan
+
+
+def _added(parts: Array) -> Array:
+    return jnp.sum(parts.astype(jnp.float32), axis=0).astype(parts.dtype)
+
+
+def by_length(counts: Array, most: int, offset: Array) -> Array:
+    """One table, ascending: the first query's place - `START`, then blocks, those with the longest lists first.
+
+    A block is (most - length of its list) x blocks + flat index; `ranked` and `start_of` read the table.
+    """
     flat = counts.reshape(-1).astype(jnp.int32)
-    order = jnp.argsort(flat, descending=True).astype(jnp.int32)
-    return order, flat[order]
+    place = jnp.arange(flat.size, dtype=jnp.int32)
+    codes = jnp.append((most - flat) * flat.size + place, offset - START)
+    return jnp.sort(codes, stable=False)
 
 
 def _counts(count: Array, size: Layout) -> Array:

@@ -23,6 +23,9 @@ KEYS = 128
 REGISTERS = 240, 24
 """Of the threads that multiply and of those that copy."""
 
+START = 1 << 30
+"""More than the place of any query."""
+
 PART = "part"
 """Name of the axis of warpgroups."""
 
@@ -41,10 +44,15 @@ def dealt(turn, mine, sms: int, items: int):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the kernels divide a problem, over ``sms`` blocks of threads; all static."""
+    """How the kernels divide a problem, over ``sms`` blocks of threads; all static.
+
+    Attributes:
+      parts: in how many parts, of equally many heads or rows, the queries are divided that read a tile of keys.
+    """
 
     size: Layout
     sms: int
+    parts: int = 1
 
     @property
     def scale(self) -> float:
@@ -72,11 +80,10 @@ class Plan:
         return blocks_of(self.size.b * self.size.u * self.size.x * self.halves // HALVES, self.sms)
 
     @property
-    def key_turns(self) -> int:
-        """Turns that tiles of 128 keys take."""
-        return blocks_of(
-            self.size.b * self.size.g * self.size.y * self.size.columns // KEYS, self.sms
-        )
+    def key_items(self) -> int:
+        """Tiles of 128 keys times the parts of each."""
+        size = self.size
+        return size.b * size.g * size.y * size.columns // KEYS * self.parts
 
     def half(self, group, block, at):
         """Head of the ``at``-th tile of a warpgroup's queries in a block of queries, and which queries."""
@@ -116,13 +123,14 @@ class QueryTile:
     steps: Any
 
     @classmethod
-    def of(cls, plan: Plan, turn, order, length, index) -> "QueryTile":
-        """By the tables of `mosaic_gpu.by_length`."""
+    def of(cls, plan: Plan, turn, order, index) -> "QueryTile":
+        """By the table of `mosaic_gpu.by_length`."""
         size, tiles = plan.size, plan.halves // HALVES
         rank, live = plan.dealt(turn, size.b * size.u * size.x * tiles)
-        place, tile = lax.div(rank, tiles), lax.rem(rank, tiles)
-        row, block = lax.div(order[place], size.x), lax.rem(order[place], size.x)
-        steps = jnp.where(live, length[place] * plan.split, 0)
+        place, length = ranked(order, lax.div(rank, tiles), size.m)
+        tile = lax.rem(rank, tiles)
+        row, block = lax.div(place, size.x), lax.rem(place, size.x)
+        steps = jnp.where(live, length * plan.split, 0)
         return cls(
             plan, index, lax.div(row, size.u), lax.rem(row, size.u), block, tile, live, steps
         )
@@ -142,6 +150,18 @@ class QueryTile:
         row = *self.plan.list_of(self.batch, self.group), self.block
         entry = self.index[*row, jnp.minimum(lax.div(j, split), size.m - 1)]
         return entry * size.columns + lax.rem(j, split) * self.plan.keys
+
+
+def start_of(order: Any) -> Any:
+    """Place of the first query, out of the table of `mosaic_gpu.by_length`."""
+    return order[0] + START
+
+
+def ranked(order: Any, rank: Any, most: int) -> tuple[Any, Any]:
+    """Flat index and length of the list of this rank, out of the table of `mosaic_gpu.by_length`."""
+    code, blocks = order[rank + 1], order.shape[0] - 1
+    less = lax.div(code, blocks)
+    return code - less * blocks, most - less
 
 
 def taken(ref: Any, axis: int) -> Array:

@@ -79,10 +79,11 @@ def errors(problem: Problem, implementation: Any = None) -> dict[str, float]:
     ours = functools.partial(sparse_attention, implementation=implementation)
     found = jax.jit(functools.partial(_all, ours, **words, **rule))(q, k, v, lists, d_out, d_lse)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        args = jax.tree.map(np.asarray, (q, k, v, lists, d_out, d_lse, words))
+        args = jax.tree.map(np.asarray, (q, k, v, lists, d_out, d_lse, real))
         wide = [jnp.asarray(x.astype(np.float64)) for x in (*args[:3], *args[4:6])]
         q, k, v, d_out, d_lse = wide
-        want = _all(sparse_attention_reference, q, k, v, args[3], d_out, d_lse, **args[6], **rule)
+        words["real"] = None if real is None else jnp.asarray(args[6])
+        want = _all(sparse_attention_reference, q, k, v, args[3], d_out, d_lse, **words, **rule)
     names = "out", "lse", "d_q", "d_k", "d_v"
     return {n: _worst(own, exact) for n, own, exact in zip(names, found, want, strict=True)}
 

@@ -12,8 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dyncomp_kernels.sparse_attention import mosaic_gpu, selfcheck, xla
 from dyncomp_kernels.sparse_attention.api import explain, sparse_attention
-from dyncomp_kernels.sparse_attention.lists import BlockLists, causal_lists
-from dyncomp_kernels.sparse_attention.mosaic_pieces import dealt
+from dyncomp_kernels.sparse_attention.bench_gpu import random_causal
+from dyncomp_kernels.sparse_attention.layout import Layout
+from dyncomp_kernels.sparse_attention.lists import BlockLists, causal_lists, transposed
+from dyncomp_kernels.sparse_attention.mosaic_pieces import dealt, ranked, start_of
 from dyncomp_kernels.sparse_attention.selfcheck import Problem
 from dyncomp_kernels.sparse_attention.test_pallas_triton import H100, shapes
 from dyncomp_kernels.sparse_attention.test_sparse_attention import random_lists
@@ -74,12 +76,34 @@ def test_lowers_inside_shard_map():
 
 def test_tiles_are_dealt_once_each_longest_first():
     lists = random_lists(1280, 1280, 2, 128, 128)
-    order, length = mosaic_gpu.by_length(lists.count)
+    most = lists.index.shape[-1]
+    codes = mosaic_gpu.by_length(lists.count, most, jnp.int32(77))
+    order, length = ranked(codes, jnp.arange(lists.count.size), most)
+    assert start_of(codes) == 77
     assert sorted(np.asarray(order).tolist()) == list(range(lists.count.size))
     assert (np.diff(length) <= 0).all() and (lists.count.reshape(-1)[order] == length).all()
     items, sms = 23, 4
     turns = [dealt(jnp.int32(i), mine, sms, items) for mine in range(sms) for i in range(6)]
     assert sorted(int(item) for item, live in turns if live) == list(range(items))
+
+
+@pytest.mark.parametrize(
+    ("length", "parts", "blocks"),
+    [(1024, 8, 256), (8192, 2, 512), (32_768, 1, 1024), (131_072, 1, 132)],
+)
+def test_tiles_of_keys_are_divided_where_they_are_few(length, parts, blocks):
+    q, k = (jax.ShapeDtypeStruct((1, length, heads, 128), "bfloat16") for heads in (16, 4))
+    wide = jax.ShapeDtypeStruct((1, 4, length // 128, 9), "int32")
+    size = Layout.of(q, k, BlockLists(wide, None, 128, 128), xla.Seeing())
+    plan = mosaic_gpu._key_plan(size)
+    assert (plan.parts, plan.sms) == (parts, blocks)
+    assert plan.key_items == parts * 4 * length // 128 and plan.halves % parts == 0
+
+
+def test_without_parts_one_list_of_queries_outlasts_a_share_of_all():
+    counts = transposed(random_causal(8192, 0.1), 64).count
+    shared, longest = float(counts.sum()) / mosaic_gpu.SMS, int(counts.max())
+    assert longest > 1.5 * shared and longest / 2 < shared
 
 
 PROBLEMS = (
@@ -111,6 +135,7 @@ def with_registers(multiply):
 def test_kernels_by_the_interpreter(problem, monkeypatch):
     """In an order that real blocks could take; a copy that may overtake its reader would be called a race."""
     monkeypatch.setattr(mosaic_gpu, "SMS", 2)
+    monkeypatch.setattr(mosaic_gpu, "MANY", 4)  # the first problem's tiles of keys are more
     monkeypatch.setattr(gpu_callbacks, "wgmma", with_registers(gpu_callbacks.wgmma))
     for name in ("forward", "backward"):  # in the place of the form that serves a CPU
         own = getattr(mosaic_gpu, name)
@@ -150,6 +175,8 @@ def test_says_what_fits_and_refuses_the_rest():
     supports = lambda *args: mosaic_gpu.supports(*args)
     assert supports(q, k, lists) is None
     assert "takes bfloat16" in supports(*shapes(dtype="float32")[:2], lists)
+    most = jax.ShapeDtypeStruct((1, 1, 8, 1 << 28), "int32")
+    assert "fewer lists" in supports(q, k, BlockLists(most, lists.count, 128, 128))
     assert "heads of 64" in supports(*shapes(p=80)[:2], lists)
     assert "multiples of 64" in supports(q, k, shapes(rows=32)[3])
     alone = jax.ShapeDtypeStruct((1, 1024, 2, 128), "bfloat16")
