@@ -101,9 +101,13 @@ def _attention(result):
             f"PyTorch {result['torch']}, driver {result['driver']}, {result['date']}. Causal, bfloat16, head 128, 16",
             "query heads on 4 key/value heads, blocks of 128; milliseconds. Ideal: cuDNN's dense time (through JAX)",
             "times the share of causal blocks. `sdpa` and `flex` are PyTorch's, the latter with the same block masks.",
-            "`selfcheck` on the same",
-            f"device: outputs and gradients of {result['checked']['problems']} problems within",
-            f"{result['checked']['worst']} of the largest number, of float64.\n",
+            "A program computes as many problems as have 32,768 queries, so that the GPU does not wait for the host;"
+            " gradients are",
+            "those of a given cotangent. `sdpa` and `flex` are of an earlier run of the day, call by call. `selfcheck`"
+            " on the same",
+            f"device, a commit before the last: outputs and gradients of {result['checked']['problems']} problems"
+            f" within {result['checked']['worst']}",
+            "of the largest number, of float64.\n",
             "| length | form | share | forward | with gradients | of ideal, forward | of ideal, with gradients |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *(
@@ -112,9 +116,43 @@ def _attention(result):
                 for row in result["attention"]
                 if "share" in row
             ),
+            *_short(result),
             "",
         ]
     )
+
+
+def _short(result):
+    """Where the time goes at 8,192 tokens."""
+    at = [row for row in result["attention"] if row["length"] == 8192]
+    ours = next(row for row in at if row["form"] == "ours" and row["share"] > 0.1)
+    again = result["dense_8192"]
+    shares = " and ".join(f"{x * ours['share'] / ours['forward_ms']:.2f}" for x in again)
+    times = " and ".join(f"{x:.3f}" for x in again)
+    spent = result["profile"]["us"]
+    kernels = [
+        spent[name] for name in ("forward", "gradient of keys and values", "gradient of queries")
+    ]
+    base = next(row for row in at if row["form"] == "cudnn")
+    ideal = 1e3 * base["both_ms"] * ours["share"]
+    return [
+        f"\nAt 8,192 tokens cuDNN's dense forward pass took {times} ms in two other runs of the day: by these the share"
+        f" at {ours['share']:.3f}",
+        f"is {shares}. With gradients the three kernels alone take {sum(kernels):.0f} of {sum(spent.values()):.0f}"
+        f" microseconds (profiler, a commit before the last),",
+        f"and {ideal:.0f} would be ideal; what else runs does not follow the lists:\n",
+        "| part | microseconds |",
+        "| --- | --- |",
+        *(f"| {name} | {value:.0f} |" for name, value in spent.items()),
+        "\nThe longest list of queries that read a tile of keys is longer there than a multiprocessor's share of all;"
+        " so each",
+        "tile is worked on in two parts, added up afterwards; milliseconds with gradients of other ways:\n",
+        "| tiles of keys | ms |",
+        "| --- | --- |",
+        *(f"| {name} | {value:.3f} |" for name, value in result["key_tiles"].items()),
+        "\nSums of outputs times cotangents inside the kernel of the queries' gradient: that kernel took"
+        f" {result['sums_inside_us']:.0f} microseconds.",
+    ]
 
 
 PARTS = ("forward", "row gradient", "weight gradient")
@@ -195,6 +233,8 @@ def _grouped(result):
                 for row in result[name]
                 for text in (*line(row, load), total(row, load))
             ),
+            *_limits(result["limits"]),
+            "\nThe two tables below are of an earlier run of the day, before group after group.",
             f"\nOne row an expert: TB/s of the weights, {result['bandwidth'] / 1e12:.2f} as a large matrix-vector"
             " product reads:\n",
             "| matrix | experts | product | ours | torch |",
@@ -218,6 +258,25 @@ def _grouped(result):
             "",
         ]
     )
+
+
+def _limits(found):
+    """What bounds many experts."""
+    span = lambda values: f"{min(values):,} to {max(values):,}"  # noqa: E731
+    read, written = found["read_gb"], found["written_gb"]
+    return [
+        f"\nWhat bounds {found['experts']} experts: over seconds all products run at the GPU's limit of power"
+        f" (`nvidia-smi`: ours {span(found['watts']['ours'])} W",
+        f"at {span(found['mhz']['ours'])} MHz, dense {span(found['watts']['dense'])} W at"
+        f" {span(found['mhz']['dense'])} MHz; its maximum is 700 W). What costs energy costs time:",
+        f"whole tiles of 128 rows multiply {found['rows_of_tiles'] / found['rows']:.3f} rows for each, steps of 64 rows"
+        f" {64 * found['steps_of_weight_gradient'] / found['rows']:.3f} in weight gradients, which write",
+        f"{written['weight gradient']:.1f} GB, {written['weight gradient'] / found['tb_a_second']:.1f} ms of the"
+        f" memory's time. Before the products went group after group, {found['k']} x {found['n']}, their weights of"
+        f" {found['weights_gb']:.1f} GB cost",
+        f"{read['forward']:.1f} GB read forward and {read['row gradient']:.1f} in the row gradient"
+        f" (`{found['command']}`); since then it was not read again.",
+    ]
 
 
 def _models(result):
