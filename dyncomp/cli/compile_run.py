@@ -1,21 +1,21 @@
 """``dyncomp compile``: compiles train steps for a described accelerator, side by side, or searches for a mesh."""
 
 import argparse
-import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from dyncomp.cli.output import command, json_flag, print_json, table
+from dyncomp.cli.compile_text import compare, show
+from dyncomp.cli.output import command, json_flag
 from dyncomp.core.errors import DyncompError
 
 
 def add(commands: Any) -> None:
     """Adds the command."""
     about = (
-        "Compile the train step for a TPU topology without a TPU (needs the extra `tpu`): bytes per chip, FLOPs, "
-        "collectives, kernels, and what binds. Several configs or meshes stand side by side."
+        "Compile a train step, or a language model's prefill or decode step, for a TPU topology without a TPU (needs "
+        "the extra `tpu`): bytes per chip, FLOPs, collectives, kernels, and what binds. Several configs or meshes "
+        "stand side by side."
     )
     example = "dyncomp compile quickstart --topology v5e:2x2"
     parser = command(commands, "compile", _main, about, example)
@@ -31,7 +31,23 @@ def add(commands: Any) -> None:
         help="instead of the config's, as in fsdp=4,tensor=2; may be given more than once",
     )
     parser.add_argument(
+        "--what",
+        choices=("train", "prefill", "decode"),
+        default="train",
+        help="the train step (default), reading prompts, or one token for each sequence",
+    )
+    parser.add_argument("--batch", type=int, help="sequences to serve (default: the run's batch)")
+    parser.add_argument(
+        "--length", type=int, help="tokens of a prompt, slots of a cache (default: the task's)"
+    )
+    parser.add_argument(
         "--search", action="store_true", help="try every mesh that divides, and rank them"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="with --search: start no mesh after so many minutes"
+    )
+    parser.add_argument(
+        "--most", type=int, help="with --search: compile so many meshes, the likeliest first"
     )
     json_flag(parser)
 
@@ -55,25 +71,32 @@ def mesh_of(text: str) -> Any:
 def _main(args: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    from dyncomp.parallel.aot import compile_run
+    from dyncomp.parallel.aot import Ask, compile_job, prepare
 
-    if args.search and (args.mesh or len(args.configs) > 1):
-        raise DyncompError("--search tries the meshes of one config: leave out --mesh and others")
+    if args.search and (args.mesh or len(args.configs) > 1 or args.what != "train"):
+        raise DyncompError(
+            "--search tries the meshes of one config's train step: leave out --mesh, --what and others"
+        )
+    if not args.search and (args.minutes or args.most):
+        raise DyncompError("--minutes and --most limit a search: add --search")
     runs = {name: _run(name, args.overrides) for name in args.configs}
     if args.search:
         (run,) = runs.values()
-        _compare(args, _searched(run, args.topology, quiet=args.json))
+        compare(args, *_searched(args, run))
         return
     specs = [mesh_of(text) for text in args.mesh] or [None]
-    reports = [
-        (name, compile_run(run, args.topology, spec))
+    asked = {"what": args.what, "batch": args.batch, "length": args.length}
+    # All are checked before the first is compiled, which takes minutes.
+    jobs = [
+        (name, prepare(run, Ask(args.topology, spec, **asked)))
         for name, run in runs.items()
         for spec in specs
     ]
+    reports = [(name, compile_job(job)) for name, job in jobs]
     if len(reports) > 1:
-        _compare(args, reports)
+        compare(args, reports)
     else:
-        _show(args, reports[0][1])
+        show(args, reports[0][1])
 
 
 def _run(name: str, overrides: Sequence[str]) -> Any:
@@ -84,72 +107,16 @@ def _run(name: str, overrides: Sequence[str]) -> Any:
     return (run.selected() or next(iter(run.runs.values()))) if hasattr(run, "runs") else run
 
 
-def _searched(run: Any, topology: str, quiet: bool) -> list[tuple[str, Any]]:
-    """Reports of every mesh that is worth compiling, best first."""
+def _searched(args: argparse.Namespace, run: Any) -> tuple[list[tuple[str, Any]], str]:
+    """Reports of meshes that are worth compiling, best first, and what was left out."""
     from rich.progress import track
 
-    from dyncomp.parallel.aot import compile_run
-    from dyncomp.parallel.search import candidates, ranked
+    from dyncomp.parallel.search import candidates, ranked, within
     from dyncomp.parallel.topology import find
 
-    specs = candidates(run, find(topology))
-    made = [compile_run(run, topology, spec) for spec in track(specs, "compiling", disable=quiet)]
-    return [("", report) for report in ranked(made)]
-
-
-def _facts(report: Any) -> dict[str, Any]:
-    """A report and what the model makes of it."""
-    from dyncomp.parallel.roofline import predict
-
-    model = {}
-    if found := predict(report):
-        parts = dataclasses.asdict(found)
-        model = {
-            "overlapped": found.overlapped,
-            "apart": found.apart,
-            **parts,
-            "binds": found.binds,
-        }
-    return {**json.loads(report.to_json()), "model": model}
-
-
-def _show(args: argparse.Namespace, report: Any) -> None:
-    from rich.console import Console
-
-    from dyncomp.parallel.roofline import ASSUMPTIONS, said
-
-    if args.json:
-        print_json(_facts(report))
-        return
-    Console().print(report.table())
-    if line := said(report):
-        Console().print(line, style="bold", highlight=False)
-        Console().print(ASSUMPTIONS, style="dim", highlight=False)
-
-
-SHORT = {"compute": "math", "memory": "HBM", "interconnect": "links"}
-"""Heads of columns: the three bounds of the model."""
-
-
-def _compare(args: argparse.Namespace, reports: Sequence[tuple[str, Any]]) -> None:
-    """A row a report: what it is of, its memory, and the model's times in milliseconds."""
-    from dyncomp.parallel.roofline import ASSUMPTIONS, NO_MODEL
-
-    facts = [(name, _facts(report)) for name, report in reports]
-    if args.json:
-        print_json([{"config": name or args.configs[0], **found} for name, found in facts])
-        return
-    head = ("mesh", "GiB", "fits", "ms", *SHORT.values(), "binds")
-    rows = []
-    for name, found in facts:
-        mesh = " x ".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1) or "1 device"
-        held = f"{found['memory']['peak'] / 2**30:.2f}" if found["memory"] else None
-        keys = ("overlapped", *SHORT)
-        times = [f"{1e3 * found['model'][key]:.3g}" if found["model"] else None for key in keys]
-        fits = {True: "yes", False: "no", None: ""}[found["fits"]]
-        label = f"{name} {mesh}" if name and len(args.configs) > 1 else mesh
-        binds = SHORT.get(found["model"].get("binds", ""))
-        rows.append((label, held, fits, *times, binds))
-    modelled = any(found["model"] for _, found in facts)
-    note = ASSUMPTIONS if modelled else NO_MODEL
-    table(f"On {args.topology}, a device and a step", head, rows, note)
+    specs = candidates(run, find(args.topology))
+    shown = track(specs[: args.most], "compiling", disable=args.json)
+    made, left = within(run, args.topology, shown, args.minutes)
+    left += len(specs[args.most :]) if args.most else 0
+    said = f"{left} of {len(specs)} meshes were left out (--minutes, --most)." if left else ""
+    return [("", report) for report in ranked(made)], said

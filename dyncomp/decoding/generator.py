@@ -4,42 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
-from dyncomp.core.typing import Array, Bool, Float, Int, Variables
+from dyncomp.core.typing import Variables
 from dyncomp.decoding.batch import bucket, pad_left
 from dyncomp.decoding.generated import Generated, Tick, collect
-from dyncomp.decoding.net import Net, separate
+from dyncomp.decoding.net import separate
 from dyncomp.decoding.policies import FullDepth, Policy
 from dyncomp.decoding.sampling import GREEDY, Sampler
+from dyncomp.decoding.steps import Steps
 from dyncomp.models import DecoderLM
 
 FULL_DEPTH = FullDepth()
-
-
-@struct.dataclass
-class Decoding:
-    """Where a batch of sequences stands; donated to the next step.
-
-    Attributes:
-      cache: of all tokens but the last.
-      token: int32 [b], the last one, not yet read by the network.
-      position: int32 [b], its place in its sequence.
-      done: bool [b].
-      policy: the policy's state.
-      step: int32 [], tokens drawn so far.
-    """
-
-    cache: Any
-    token: Int[Array, "b"]
-    position: Int[Array, "b"]
-    done: Bool[Array, "b"]
-    policy: Any
-    step: Int[Array, ""]
 
 
 class Generator:
@@ -69,11 +47,12 @@ class Generator:
     ):
         self.model, self.variables = separate(model, variables)
         policy.check(self.model)
-        self.policy, self.sampler, self.eos = policy, sampler, tuple(eos)
-        self.keep_logits = keep_logits
+        self.policy = policy
         self.prompt_ledger, self.ledger = Ledger({}), Ledger({})
-        self._prefill = jax.jit(self._prefill_step, static_argnums=(3,))
-        self._step = jax.jit(self._decode_step, donate_argnums=(1,))
+        steps = Steps(self.model, policy, sampler, tuple(eos), keep_logits)
+        self._prefill_step, self._decode_step = steps.prefill, steps.decode
+        self._prefill = jax.jit(steps.prefill, static_argnums=(3,))
+        self._step = jax.jit(steps.decode, donate_argnums=(1,))
 
     def generate(
         self,
@@ -144,47 +123,3 @@ class Generator:
                 " cut the prompt, lower max_new or raise capacity"
             )
         return capacity or bucket(needed)
-
-    def _prefill_step(self, variables, tokens, mask, capacity: int, controls, key) -> Any:
-        """Runs the prompts [b t], left-padded, through everything and draws the first tokens."""
-        net = Net(self.model, variables)
-        cache = self.model.init_cache(tokens.shape[0], capacity)
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        captures = getattr(self.policy, "captures", ())
-        x, aux = net.hidden(tokens, positions, mask, cache, captures)
-        first = self.policy.start(net, x, aux, controls)
-        token = self.sampler(jax.random.fold_in(key, 0), first.logits)
-        ended = self._ends(token)
-        decoding = Decoding(
-            first.cache, token, positions[:, -1] + 1, ended, first.state, jnp.int32(1)
-        )
-        told = self._told(token, ~ended, first.depth, ended, jnp.zeros_like(ended), first.logits)
-        return decoding, told, first.events
-
-    def _decode_step(self, variables, decoding: Decoding, controls: Any, key) -> Any:
-        """Reads the last tokens and draws the next."""
-        net, going = Net(self.model, variables), ~decoding.done
-        now = decoding.token[:, None], decoding.position[:, None], going[:, None]
-        out = self.policy.step(net, *now, decoding.cache, decoding.policy, controls)
-        token = self.sampler(jax.random.fold_in(key, decoding.step), out.logits)
-        stopped = jnp.zeros_like(going) if out.stop is None else going & out.stop
-        ended = going & self._ends(token) | stopped
-        after = Decoding(
-            cache=out.cache,
-            token=token,
-            position=decoding.position + 1,
-            done=decoding.done | ended,
-            policy=out.state,
-            step=decoding.step + 1,
-        )
-        told = self._told(token, going & ~ended, out.depth, ended, stopped, out.logits)
-        return after, told, out.events
-
-    def _told(self, token, emitted, depths, ended, stopped, logits: Float[Array, "b v"]):
-        told = {"tokens": token, "emitted": emitted, "depths": depths, "ended": ended}
-        told["stopped"] = stopped
-        return {**told, "logits": logits} if self.keep_logits else told
-
-    def _ends(self, token: Int[Array, "b"]) -> Bool[Array, "b"]:
-        ids = jnp.asarray(self.eos, jnp.int32)
-        return jnp.any(token[:, None] == ids, axis=1)

@@ -8,7 +8,7 @@ looks for a TPU.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,18 @@ from jax.sharding import Mesh
 from dyncomp.core.aux import flatten
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import PyTree
-from dyncomp.parallel import hlo
-from dyncomp.parallel.counts import executed_at_most
+from dyncomp.parallel import hlo, ops
+from dyncomp.parallel.counts import bounds
 from dyncomp.parallel.mesh import MeshSpec, check_batch
-from dyncomp.parallel.report import CompileReport, Memory
-from dyncomp.parallel.rules import make_rules, use
-from dyncomp.parallel.shardings import shardings_for
-from dyncomp.parallel.topology import compile_step, find
+from dyncomp.parallel.report import GIB, CompileReport, Memory
+from dyncomp.parallel.roofline import chip_of, seconds
+from dyncomp.parallel.rules import make_rules, traced_for
+from dyncomp.parallel.serving import Serving, lower, serving_bytes, serving_of
+from dyncomp.parallel.shardings import held_bytes, shardings_for
+from dyncomp.parallel.topology import Topology, compile_step, find
+
+HEAVIEST = 10
+"""Operations that a report names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,77 +48,183 @@ class Program:
     batch: Mapping[str, jax.ShapeDtypeStruct]
 
 
-def compile_run(run: Any, topology: str, mesh: MeshSpec | None = None) -> CompileReport:
-    """Compiles a run's full train step for a topology.
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What to compile for which machine.
+
+    Attributes:
+      topology: such as ``v5e:2x2`` or ``cpu:4``.
+      mesh: default the run's own, or all devices on the data axis.
+      what: the train step, or a step of serving the run's language model (`dyncomp.parallel.serving`).
+      batch, length: of serving; default the run's batch and the length of its inputs.
+    """
+
+    topology: str
+    mesh: MeshSpec | None = None
+    what: Literal["train", "prefill", "decode"] = "train"
+    batch: int | None = None
+    length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is compiled, checked as far as that goes without compiling.
+
+    Attributes:
+      run: of a suite, one of its runs.
+      ask: what was asked for.
+      where: devices.
+      mesh, rules: on them.
+      made: the step.
+      state_bytes: what a device holds before the step and after it: parameters and moments, or parameters and cache.
+    """
+
+    run: Any
+    ask: Ask
+    where: Topology
+    mesh: Mesh
+    rules: Mapping[str, Any]
+    made: Program | Serving
+    state_bytes: int
+
+
+def prepare(run: Any, ask: Ask) -> Job:
+    """Finds the machine, splits batch and parameters over it, and traces shapes; seconds, not minutes.
 
     Args:
       run: `dyncomp.training.Run` (of a `Suite`, the selected or first run); its ``program()`` gives the step.
-      topology: such as ``v5e:2x2`` or ``cpu:4``.
-      mesh: default the run's own, or all devices on the data axis.
+      ask: what to compile.
 
     Raises:
-      DyncompError: unknown topology, missing compiler, mesh or batch that does not fit the devices.
+      DyncompError: unknown topology, missing compiler, mesh or batch that does not fit the devices or the parameters,
+        or no language model to serve.
     """
     if hasattr(run, "runs"):
         run = run.selected() or next(iter(run.runs.values()))
-    spec = mesh or run.mesh or MeshSpec()
-    where = find(topology)
-    built = spec.build(where.devices)
-    check_batch(run.batch_size, built)
+    if ask.what == "train" and (ask.batch or ask.length):
+        raise DyncompError(
+            "--batch and --length belong to --what prefill and decode; a train step has the config's"
+        )
+    spec = ask.mesh or run.mesh or MeshSpec()
+    where = find(ask.topology)
+    mesh, rules = spec.build(where.devices), make_rules(spec.rules)
+    batch = ask.batch or run.batch_size
+    check_batch(batch, mesh)
+    if ask.what != "train":
+        length = ask.length or run.task.spec()["inputs"].shape[0]
+        made = serving_of(run, ask.what, batch, length)
+        return Job(run, ask, where, mesh, rules, made, serving_bytes(made, mesh, rules))
     if run.accumulate > 1:
-        check_batch(run.batch_size // run.accumulate, built)
+        check_batch(batch // run.accumulate, mesh)
     program = run.program()
+    return Job(run, ask, where, mesh, rules, program, state_bytes(program, mesh, rules))
+
+
+def compile_run(
+    run: Any, topology: str, mesh: MeshSpec | None = None, **asked: Any
+) -> CompileReport:
+    """Compiles a step of a run for a topology: `prepare` and `compile_job`, with the arguments of `Ask`."""
+    return compile_job(prepare(run, Ask(topology, mesh, **asked)))
+
+
+def compile_job(job: Job) -> CompileReport:
+    """Compiles, unless the state alone is more than a device holds."""
+    limit = job.where.memory
     start = time.perf_counter()
-    compiled = compile_program(program, built, make_rules(spec.rules))
+    compiled: Any = None
+    refused = ""
+    if limit is not None and job.state_bytes > limit:
+        refused = f"the state alone takes {job.state_bytes / GIB:.1f} GiB a device; not compiled"
+    else:
+        compiled = _compiled(job)
+    if isinstance(compiled, str):
+        compiled, refused = None, compiled
     seconds = time.perf_counter() - start
-    memory = None if isinstance(compiled, str) else _memory(compiled)
-    limit = where.memory
+    memory = None if compiled is None else _memory(compiled)
     report = CompileReport(
-        topology=topology,
-        mesh=dict(built.shape),
-        devices=built.size,
+        what=job.ask.what,
+        topology=job.ask.topology,
+        mesh=dict(job.mesh.shape),
+        devices=job.mesh.size,
         device_memory=limit,
         memory=memory,
         fits=None if limit is None else memory is not None and memory.peak <= limit,
-        refused=compiled if isinstance(compiled, str) else "",
-        ledger_flops=ledger_flops(run, program, built.size),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(program.state.params)),
-        batch={name: tuple(value.shape) for name, value in program.batch.items()},
+        refused=refused,
+        parameters=_parameters(job.made),
+        batch=_shapes(job.made),
+        state_bytes=job.state_bytes,
         seconds=seconds,
     )
-    return report if isinstance(compiled, str) else _with_program(report, compiled)
+    if isinstance(job.made, Program):
+        ours, dense = _flops(job.run.model, job.made, job.mesh.size)
+        report = dataclasses.replace(report, ledger_flops=ours, dense_flops=dense)
+    return report if compiled is None else _with_program(report, compiled)
+
+
+def _parameters(made: Program | Serving) -> int:
+    params = made.state.params if isinstance(made, Program) else made.variables["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _shapes(made: Program | Serving) -> dict[str, tuple[int, ...]]:
+    if isinstance(made, Serving):
+        return {"tokens": made.inputs}
+    return {name: tuple(value.shape) for name, value in made.batch.items()}
 
 
 def _with_program(report: CompileReport, compiled: Any) -> CompileReport:
     text = compiled.as_text()
+    found = ops.operations(text)
+    chip = chip_of(report.topology)
+    longest = lambda each: seconds(each.work, chip) if chip else each.work.bytes
     return dataclasses.replace(
         report,
         xla_flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)),
         collectives=hlo.collectives(text),
         kernels=hlo.kernels(text),
+        work=ops.by_kind(found),
+        heaviest=sorted(found, key=longest, reverse=True)[:HEAVIEST],
     )
 
 
-def compile_program(program: Program, mesh: Mesh, rules: Mapping[str, Any]) -> Any:
+def _compiled(job: Job) -> Any:
     """The compiled step, or XLA's one-line reason when it needs more memory than a device has."""
-    with use(mesh, rules):
-        state, batch = shardings_for(program.boxed, program.state, mesh, rules)
-        step = jax.jit(
-            program.step,
-            in_shardings=(state, batch, None),
-            out_shardings=(state, None),
-            donate_argnums=0,
+    with traced_for(job.mesh, job.rules):
+        lowered = (
+            _lower(job.made, job.mesh, job.rules)
+            if isinstance(job.made, Program)
+            else lower(job.made, job.mesh, job.rules)
         )
-        seed = jax.ShapeDtypeStruct((), jnp.int32)
-        lowered = step.lower(program.state, dict(program.batch), seed)
         try:
-            return compile_step(lowered, mesh)
+            return compile_step(lowered, job.mesh)
         except jax.errors.JaxRuntimeError as error:
             said = str(error).splitlines()[0][:300]
             if "RESOURCE_EXHAUSTED" not in said:
                 fix = "; set experts.Exchange.ragged = False" if "Ragged all-to-all" in said else ""
                 raise DyncompError(f"XLA: {said}{fix}") from error
             return said.partition("RESOURCE_EXHAUSTED: ")[2]
+
+
+def _lower(program: Program, mesh: Mesh, rules: Mapping[str, Any]) -> jax.stages.Lowered:
+    state, batch = shardings_for(program.boxed, program.state, mesh, rules)
+    step = jax.jit(
+        program.step,
+        in_shardings=(state, batch, None),
+        out_shardings=(state, None),
+        donate_argnums=0,
+    )
+    seed = jax.ShapeDtypeStruct((), jnp.int32)
+    return step.lower(program.state, dict(program.batch), seed)
+
+
+def state_bytes(program: Program, mesh: Mesh, rules: Mapping[str, Any]) -> int:
+    """Bytes of the training state on one device: parameters, moments, averages.
+
+    Raises:
+      DyncompError: the mesh does not divide a parameter.
+    """
+    places, _ = shardings_for(program.boxed, program.state, mesh, rules)
+    return held_bytes(program.state, places)
 
 
 def _memory(compiled: Any) -> Memory:
@@ -131,18 +242,16 @@ def _memory(compiled: Any) -> Memory:
     )
 
 
-def ledger_flops(run: Any, program: Program, devices: int) -> int | None:
-    """FLOPs of one step on one device by the model's prices: three times the forward pass, without recomputation.
-
-    Counts that depend on values are taken at the most that the plan has room for; None when an event has no bound
-    or the model no prices.
-    """
-    if not hasattr(run.model, "cost"):
-        return None
+def _flops(model: Any, program: Program, devices: int) -> tuple[int | None, int | None]:
+    """`CompileReport.ledger_flops` and ``dense_flops``; counts that depend on values are the most there is room for."""
+    if not hasattr(model, "cost"):
+        return None, None
     inputs = program.batch["inputs"]
     variables = {"params": program.state.params, "controls": program.state.controls}
-    counts = executed_at_most(run.model, variables, inputs)
-    prices = flatten(run.model.cost(inputs.shape))
-    if any(counts[path] is None for path in counts):
-        return None
-    return 3 * sum(prices[path].flops * (counts[path] or 0) for path in counts) // devices
+    found = bounds(model, variables, inputs)
+    prices = flatten(model.cost(inputs.shape))
+    executed = {path: rows for path, rows in found.executed.items() if rows is not None}
+    if len(executed) < len(found.executed):
+        return None, None
+    priced = lambda counts: 3 * sum(prices[path].flops * counts[path] for path in counts) // devices
+    return priced(executed), priced({**executed, **found.every}) if found.every else None

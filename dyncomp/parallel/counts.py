@@ -1,5 +1,7 @@
 """How often events happen in one forward pass, read from the traced program without running the model."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,11 +15,22 @@ from dyncomp.core.typing import PyTree
 from dyncomp.models.layout import apply
 
 
-def executed_at_most(model: Any, variables: PyTree, inputs: Any) -> dict[str, int | None]:
-    """Upper bounds of the executed counts of one training forward pass, by event path.
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Counts of one training forward pass, by event path.
 
-    A count that does not depend on values is exact. Rows of experts are bounded by the slots of their plans, block
-    padding not included. None where neither helps.
+    Attributes:
+      executed: the most that may be executed: exact where a count does not depend on values; rows of experts are
+        bounded by the slots of their plans, block padding not included. None where neither helps.
+      every: rows of experts if every expert ran on every token, where there is a route plan.
+    """
+
+    executed: dict[str, int | None]
+    every: dict[str, int]
+
+
+def bounds(model: Any, variables: PyTree, inputs: Any) -> Bounds:
+    """What a forward pass may execute, without running it.
 
     Args:
       model: returns ``(output, Aux)``.
@@ -26,11 +39,14 @@ def executed_at_most(model: Any, variables: PyTree, inputs: Any) -> dict[str, in
     """
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     slots: dict[str, int] = {}
+    every: dict[str, int] = {}
     paths: list[str] = []
 
     def executed(variables: Any, inputs: Any, keys: Any) -> list[Any]:
         _, aux = apply(model, variables, inputs, train=True, rngs=keys, capture=("plan",))
-        slots.update(_plan_slots(aux.plans))
+        plans = flatten(aux.plans)
+        slots.update(_plan_slots(plans))
+        every.update(_all_rows(plans))
         events = flatten(aux.events)
         paths.extend(events)
         return [count.executed for count in events.values()]
@@ -41,15 +57,32 @@ def executed_at_most(model: Any, variables: PyTree, inputs: Any) -> dict[str, in
         fixed = _constant(traced, index)
         bound = next((size for prefix, size in slots.items() if path.startswith(prefix)), None)
         out[path] = bound if fixed is None else fixed
-    return out
+    return Bounds(out, {path: rows for path, rows in every.items() if path in out})
 
 
-def _plan_slots(plans: Any) -> dict[str, int]:
+def executed_at_most(model: Any, variables: PyTree, inputs: Any) -> dict[str, int | None]:
+    """`Bounds.executed`."""
+    return bounds(model, variables, inputs).executed
+
+
+def _plan_slots(plans: Mapping[str, Any]) -> dict[str, int]:
     """``prefix/experts`` -> slots of the route plan captured under ``prefix``, all layers together."""
+    routes = {path: plan for path, plan in plans.items() if isinstance(plan, RoutePlan)}
+    return {
+        path.rpartition("/")[0] + "/experts": plan.experts.size for path, plan in routes.items()
+    }
+
+
+def _all_rows(plans: Mapping[str, Any]) -> dict[str, int]:
+    """``prefix/experts/rows`` -> tokens times experts with a network, all layers together."""
     found = {}
-    for path, plan in flatten(plans).items():
-        if isinstance(plan, RoutePlan):
-            found[path.rpartition("/")[0] + "/experts"] = plan.experts.size
+    for path, plan in plans.items():
+        prefix = path.rpartition("/")[0]
+        load, free = plans.get(f"{prefix}/load"), plans.get(f"{prefix}/free")
+        if isinstance(plan, RoutePlan) and load is not None:
+            networks = load.shape[-1] - (0 if free is None else free.shape[-1])
+            tokens = plan.experts.size // plan.experts.shape[-1]
+            found[f"{prefix}/experts/rows"] = tokens * networks
     return found
 
 

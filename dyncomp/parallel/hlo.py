@@ -8,7 +8,7 @@ inside a `shard_map`: those count one by one, but for fused steps.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 KINDS = (
     "all-gather",
@@ -51,12 +51,12 @@ class Traffic:
 
 def collectives(text: str) -> dict[str, Traffic]:
     """Traffic by kind."""
-    computations = _computations(text)
-    times = _executions(computations)
-    fused = {f for lines in computations.values() for _, line in lines for f in _fusions(line)}
+    program = computations(text)
+    times = executions(program)
+    fused = {f for lines in program.values() for _, line in lines for f in _fusions(line)}
     everyone = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     best: dict[tuple[str, str], tuple[int, int, int]] = {}
-    for name, lines in computations.items():
+    for name, lines in program.items():
         for label, line in lines:
             if found := _COLLECTIVE.search(line):
                 channel = re.search(r"channel_id=(\d+)", line)
@@ -93,15 +93,20 @@ def _sent(kind: str, size: int, group: int) -> int:
 def kernels(text: str) -> dict[str, int]:
     """Places in the program that call a hand-written kernel, by the kernel's name."""
     found: dict[str, int] = {}
-    for lines in _computations(text).values():
+    for lines in computations(text).values():
         for label, line in lines:
-            if 'custom_call_target="tpu_custom_call"' in line or "__gpu$" in line:
+            if is_kernel(line):
                 name = re.sub(r"[.\d]+$", "", label)
                 found[name] = found.get(name, 0) + 1
     return dict(sorted(found.items()))
 
 
-def _computations(text: str) -> dict[str, list[tuple[str, str]]]:
+def is_kernel(line: str) -> bool:
+    """Whether an instruction calls a hand-written kernel."""
+    return 'custom_call_target="tpu_custom_call"' in line or "__gpu$" in line
+
+
+def computations(text: str) -> dict[str, list[tuple[str, str]]]:
     """Computation name -> [(instruction name, rest of its line)]; the entry is called ``ENTRY``."""
     out: dict[str, list[tuple[str, str]]] = {}
     current: list[tuple[str, str]] | None = None
@@ -115,45 +120,46 @@ def _computations(text: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def _fusions(line: str) -> Iterator[str]:
-    return _called(line) if " fusion(" in line else iter(())
+    return called(line) if " fusion(" in line else iter(())
 
 
-def _called(line: str) -> Iterator[str]:
+def called(line: str) -> Iterator[str]:
+    """Names of the computations that an instruction calls."""
     yield from _CALLED.findall(line)
     for names in _BRANCHES.findall(line):
         yield from (name.strip().lstrip("%") for name in names.split(","))
 
 
-def _executions(computations: Mapping[str, list[tuple[str, str]]]) -> dict[str, int]:
+def executions(program: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, int]:
     """How often each computation runs a step, as far as loop lengths can be read."""
     times: dict[str, int] = {}
 
     def visit(name: str, count: int) -> None:
-        if name not in computations or times.get(name, 0) >= count:
+        if name not in program or times.get(name, 0) >= count:
             return
         times[name] = count
-        for _, line in computations[name]:
-            trips = _trip_count(line, computations) if " while(" in line else 1
-            for callee in _called(line):
+        for _, line in program[name]:
+            trips = _trip_count(line, program) if " while(" in line else 1
+            for callee in called(line):
                 visit(callee, count * trips)
 
     visit("ENTRY", 1)
     return times
 
 
-def _trip_count(line: str, computations: Mapping[str, list[tuple[str, str]]]) -> int:
+def _trip_count(line: str, program: Mapping[str, Sequence[tuple[str, str]]]) -> int:
     """Iterations of a while loop: as noted by XLA, or the one constant its condition compares with."""
     if noted := _TRIPS.search(line):
         return int(noted.group(1))
     condition = re.search(r"condition=%?([\w.\-]+)", line)
-    body = computations.get(condition.group(1), []) if condition else []
+    body = program.get(condition.group(1), []) if condition else []
     limits = [int(found) for _, text in body for found in _LIMIT.findall(text)]
     return limits[0] if len(limits) == 1 and limits[0] > 0 else 1
 
 
 def _result_bytes(shapes: str) -> int:
     """Bytes of a result; of the ((operands), results, context) tuple of an asynchronous start, the results."""
-    sizes = [_bytes(kind, dims) for kind, dims in _SHAPE.findall(shapes)]
+    sizes = [bytes_of(kind, dims) for kind, dims in _SHAPE.findall(shapes)]
     if shapes.lstrip().startswith("(("):
         operands = len(_SHAPE.findall(shapes[: _closing(shapes)]))
         return sum(sizes[operands : 2 * operands])
@@ -170,7 +176,8 @@ def _closing(shapes: str) -> int:
     return len(shapes)
 
 
-def _bytes(kind: str, dims: str) -> int:
+def bytes_of(kind: str, dims: str) -> int:
+    """Bytes of an array, such as of ``bf16`` and ``4,8``; 0 for what is none."""
     digits = re.search(r"\d+", kind)
     bits = _BITS.get(kind) or (int(digits.group()) if digits else 0)
     count = 1

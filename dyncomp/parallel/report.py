@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dyncomp.parallel.hlo import Traffic
+from dyncomp.parallel.ops import Operation, Work
 
 GIB = 2**30
 CAVEAT = (
@@ -37,9 +39,10 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileReport:
-    """A compiled train step.
+    """A compiled step.
 
     Attributes:
+      what: "train", "prefill" or "decode".
       topology: what it was compiled for.
       mesh: devices per axis.
       devices: how many.
@@ -48,11 +51,16 @@ class CompileReport:
       fits: whether it fits; None without a limit.
       refused: XLA's words when it does not fit.
       xla_flops: of one device and step, by XLA (loops once); None if refused.
-      ledger_flops: of one device and step, forward and backward, by our prices; None where prices need counts.
+      ledger_flops: of one device and train step, forward and backward without recomputation, by our prices; None where
+        prices need counts.
+      dense_flops: the same if every expert ran on every token; None without experts.
+      work: by kind of operation.
+      heaviest: those that take longest by the model (read most, where there is none).
       collectives: by kind.
       kernels: calls of hand-written kernels in the program, by name.
       parameters: scalars in the model.
       batch: shapes of the global batch.
+      state_bytes: what a device holds before and after the step, by our own count.
       seconds: spent tracing and compiling.
     """
 
@@ -62,13 +70,18 @@ class CompileReport:
     device_memory: int | None
     memory: Memory | None
     fits: bool | None
+    what: str = "train"
     refused: str = ""
     xla_flops: float | None = None
     ledger_flops: int | None = None
+    dense_flops: int | None = None
+    work: dict[str, Work] = dataclasses.field(default_factory=dict)
+    heaviest: Sequence[Operation] = ()
     collectives: dict[str, Traffic] = dataclasses.field(default_factory=dict)
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     parameters: int = 0
     batch: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    state_bytes: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> str:

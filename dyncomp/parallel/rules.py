@@ -66,3 +66,13 @@ def use(mesh: Mesh | None, rules: Mapping[str, MeshAxes] | None = None) -> Itera
         return
     with jax.set_mesh(mesh), axis_rules(RULES if rules is None else rules):
         yield
+
+
+@contextlib.contextmanager
+def traced_for(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None]:
+    """Traces the body for ``mesh`` under ``rules`` where its devices may be descriptions only.
+
+    Unlike in `use`, what the body computes while it is traced (diffrax compares results) is computed here.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), axis_rules(rules):
+        yield

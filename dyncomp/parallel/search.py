@@ -1,24 +1,26 @@
 """Which mesh of a machine: those worth compiling, and the order of what was compiled."""
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.parallel.aot import Program
+from dyncomp.parallel.aot import Program, compile_run, state_bytes
 from dyncomp.parallel.mesh import AXES, BATCH_AXES, MeshSpec
 from dyncomp.parallel.report import GIB, CompileReport
 from dyncomp.parallel.roofline import predict
 from dyncomp.parallel.rules import make_rules
-from dyncomp.parallel.shardings import shardings_for
 from dyncomp.parallel.topology import Topology
 
 
 def candidates(run: Any, where: Topology) -> list[MeshSpec]:
-    """Meshes that divide the batch and every parameter, on which a device holds its part of the state.
+    """Meshes that divide the batch and every parameter, on which a device holds its part of the state; likeliest first.
+
+    The fewer parts a matrix product is split into, the likelier: a tensor axis sends activations in every layer.
 
     Args:
       run: `dyncomp.training.Run`.
@@ -34,7 +36,7 @@ def candidates(run: Any, where: Topology) -> list[MeshSpec]:
     for sizes in meshes(len(where.devices), batch, _has_experts(program)):
         spec = MeshSpec(**sizes, rules=rules)
         try:
-            held = state_bytes(program, spec, where)
+            held = state_bytes(program, spec.build(where.devices), make_rules(spec.rules))
         except DyncompError as error:
             reason = str(error)
             continue
@@ -44,7 +46,28 @@ def candidates(run: Any, where: Topology) -> list[MeshSpec]:
             reason = f"the state alone takes {held / GIB:.0f} GiB a device"
     if not found:
         raise DyncompError(f"no mesh of {where.name} will do: {reason}")
-    return found
+    return sorted(found, key=lambda spec: (spec.tensor, spec.expert, spec.fsdp))
+
+
+def within(
+    run: Any, topology: str, specs: Iterable[MeshSpec], minutes: float | None
+) -> tuple[list[CompileReport], int]:
+    """Reports of the meshes whose compile began within a time, and how many others there were.
+
+    Args:
+      run: `dyncomp.training.Run`.
+      topology: to compile for.
+      specs: in the order of trying.
+      minutes: None for no end; the first mesh is compiled in any case.
+    """
+    start, made, left = time.perf_counter(), [], 0
+    for spec in specs:
+        late = minutes is not None and time.perf_counter() - start > 60 * minutes
+        if made and late:
+            left += 1
+        else:
+            made.append(compile_run(run, topology, spec))
+    return made, left
 
 
 def meshes(devices: int, batch: int, experts: bool) -> Iterator[dict[str, int]]:
@@ -68,18 +91,6 @@ def _has_experts(program: Program) -> bool:
     is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)
     leaves = jax.tree.leaves(program.boxed, is_leaf=is_box)
     return any("expert" in leaf.names for leaf in leaves if is_box(leaf))
-
-
-def state_bytes(program: Program, spec: MeshSpec, where: Topology) -> int:
-    """Bytes of the training state on one device: parameters, moments, averages.
-
-    Raises:
-      DyncompError: the mesh does not divide a parameter.
-    """
-    mesh = spec.build(where.devices)
-    places, _ = shardings_for(program.boxed, program.state, mesh, make_rules(spec.rules))
-    part = lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return sum(jax.tree.leaves(jax.tree.map(part, program.state, places)))
 
 
 def ranked(reports: Sequence[CompileReport]) -> list[CompileReport]:

@@ -61,10 +61,27 @@ def shardings_for(
     Raises:
       DyncompError: a dimension is not a multiple of its mesh axis, or a name is not in the table.
     """
-    names = logical_names(boxed)
+    return placed(logical_names(boxed), state, mesh, rules), batch_sharding(mesh)
+
+
+def placed(
+    names: Names, tree: PyTree, mesh: Mesh, rules: Mapping[str, MeshAxes] | None = None
+) -> PyTree:
+    """A pytree like ``tree`` of NamedShardings; see `shardings_for`."""
     with axis_rules(RULES if rules is None else rules):
         place = lambda path, leaf: NamedSharding(mesh, _spec(_keys(path), leaf, names, mesh))
-        return jax.tree_util.tree_map_with_path(place, state), batch_sharding(mesh)
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def held_bytes(tree: PyTree, places: PyTree) -> int:
+    """Bytes of a pytree's parts on one device.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+      places: NamedShardings, a tree like it.
+    """
+    part = lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(part, tree, places)))
 
 
 def _spec(path: tuple[str, ...], leaf: Any, names: Names, mesh: Mesh) -> PartitionSpec:
