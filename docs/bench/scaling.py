@@ -1,7 +1,7 @@
 """Weak scaling by compiled costs: ``python docs/bench/scaling.py``.
 
-The train steps of a dense and of an expert model are compiled for slices of 8 to 512 v5p chips, every chip with the same
-share of the batch, and kept in ``pods/scaling.json``. Nothing is run; ``pods_page.py`` makes the table and the figure.
+The train steps of a dense and of an expert model are compiled for slices of 8 to 512 v5p chips, every chip with the
+same share of the batch, and kept in ``pods/scaling.json``. Nothing is run; ``pods_page.py`` makes table and figure.
 """
 
 import datetime
