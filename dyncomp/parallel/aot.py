@@ -40,12 +40,16 @@ class Program:
       state: abstract state, unboxed.
       boxed: abstract variables with the logical names of their axes.
       batch: abstract global batch.
+      loss: (params, controls, batch, step, keys) -> (loss, rest): what the step differentiates.
+      part: abstract batch that is differentiated at once, the whole one or one of those that are accumulated.
     """
 
     step: Callable[..., Any]
     state: PyTree
     boxed: PyTree
     batch: Mapping[str, jax.ShapeDtypeStruct]
+    loss: Callable[..., Any]
+    part: Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)

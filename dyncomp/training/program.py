@@ -13,7 +13,7 @@ from dyncomp.training import optimizers
 from dyncomp.training.evaluate import set_controls
 from dyncomp.training.run import Run
 from dyncomp.training.state import init_variables, new_state
-from dyncomp.training.step import forward, train_step
+from dyncomp.training.step import forward, loss_of, train_step
 
 
 def program_of(run: Run) -> Program:
@@ -22,7 +22,12 @@ def program_of(run: Run) -> Program:
     tx = optimizers.freeze(stage.optimizer.build(stage.steps), stage.trainable)
     batch, boxed = _abstract(run)
     make = lambda inputs: _state(run, inputs, tx)
-    return Program(train_step(run, stage, tx), jax.eval_shape(make, _first(batch)), boxed, batch)
+    state = jax.eval_shape(make, _first(batch))
+    part = {
+        name: jax.ShapeDtypeStruct((leaf.shape[0] // run.accumulate, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in batch.items()
+    }
+    return Program(train_step(run, stage, tx), state, boxed, batch, loss_of(run, stage), part)
 
 
 def try_out(run: Run) -> None:

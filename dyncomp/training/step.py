@@ -10,7 +10,6 @@ import optax
 from dyncomp.core import rng
 from dyncomp.core.aux import Aux
 from dyncomp.models.layout import apply
-from dyncomp.tasks.base import Objective
 from dyncomp.training.optimizers import hold
 from dyncomp.training.run import Run, Stage
 from dyncomp.training.state import TrainState
@@ -23,12 +22,10 @@ def train_step(run: Run, stage: Stage, tx: optax.GradientTransformation) -> Step
 
     Thresholds, budgets (``state.controls``) and the seed are arguments: changing them recompiles nothing.
     """
-    objective = stage.objective
-    assert objective is not None
 
     def step(state: TrainState, batch: Mapping[str, Any], seed: Any):
         keys = rng.streams(seed, state.step)
-        grads, (out, controls) = _gradients(run, stage, objective, state, batch, keys)
+        grads, (out, controls) = _gradients(run, stage, state, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, run.ema)
@@ -47,18 +44,29 @@ def _average(ema: Any, params: Any, decay: float | None) -> Any:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
-def _gradients(
-    run: Run, stage: Stage, objective: Objective, state: TrainState, batch: Any, keys: Any
-):
-    def loss_fn(params: Any, batch: Any, keys: Any):
-        variables = {"params": hold(params, stage.trainable), "controls": state.controls}
+def loss_of(run: Run, stage: Stage) -> Callable[..., tuple[Any, Any]]:
+    """(params, controls, batch, step, keys) -> (loss, (what is reported, next controls))."""
+    objective = stage.objective
+    assert objective is not None
+
+    def loss_fn(params: Any, controls: Any, batch: Any, step: Any, keys: Any):
+        variables = {"params": hold(params, stage.trainable), "controls": controls}
         (output, aux), updates = apply(
             run.model, variables, batch["inputs"], train=True, rngs=keys, mutable=["controls"]
         )
-        loss, metrics = objective(output, aux, batch, state.step)
+        loss, metrics = objective(output, aux, batch, step)
         # Modules may move their controls (a balancing bias): what comes back is the next step's.
-        controls = updates.get("controls", state.controls)
+        controls = updates.get("controls", controls)
         return loss, ({"loss": loss, "metrics": metrics, "events": aux.events}, controls)
+
+    return loss_fn
+
+
+def _gradients(run: Run, stage: Stage, state: TrainState, batch: Any, keys: Any):
+    whole = loss_of(run, stage)
+
+    def loss_fn(params: Any, batch: Any, keys: Any):
+        return whole(params, state.controls, batch, state.step, keys)
 
     grad = jax.grad(loss_fn, has_aux=True)
     if run.accumulate == 1:

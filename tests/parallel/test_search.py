@@ -13,10 +13,13 @@ from dyncomp import attention, experts, models, routers, tasks
 from dyncomp.cli.compile_run import mesh_of
 from dyncomp.cli.main import main
 from dyncomp.core.errors import DyncompError
-from dyncomp.parallel import MeshSpec, hlo
+from dyncomp.parallel import MeshSpec, hlo, search
+from dyncomp.parallel.aot import state_bytes
+from dyncomp.parallel.ops import Work
 from dyncomp.parallel.report import CompileReport, Memory
-from dyncomp.parallel.roofline import predict, said
-from dyncomp.parallel.search import candidates, meshes, ranked, state_bytes
+from dyncomp.parallel.roofline import Share, predict, said, shares
+from dyncomp.parallel.rules import make_rules
+from dyncomp.parallel.search import candidates, meshes, ranked, within
 from dyncomp.parallel.topology import find
 from dyncomp.training.optimizers import AdamW
 from dyncomp.training.run import Run
@@ -59,9 +62,29 @@ def test_a_device_of_two_on_a_chip_has_half_of_it():
 
 def test_where_there_is_no_model():
     assert predict(report(topology="cpu:4")) is None
-    assert predict(dataclasses.replace(report(), ledger_flops=None)) is None
     refused = dataclasses.replace(report(fits=False), memory=None, refused="too large")
     assert predict(refused) is None and said(refused) == ""
+
+
+def test_without_prices_the_compiled_products_count():
+    work = {"product": Work(1, 1, flops=int(394e9)), "move": Work(1, 1, bytes=100)}
+    bare = dataclasses.replace(report(), ledger_flops=None, work=work)
+    assert predict(bare).compute == pytest.approx(2e-3)
+
+
+def test_time_by_kind_is_the_longer_of_multiplying_and_moving():
+    work = {
+        "product": Work(1, 1, flops=int(197e9), bytes=int(0.82e9), cycles=1_503_000),
+        "move": Work(2, 6, bytes=int(4.1e9)),
+    }
+    found = shares(dataclasses.replace(report(sent=int(3e8)), work=work))
+    assert list(found) == ["move", "all-gather", "product"]
+    assert found["move"] == Share(pytest.approx(5e-3), "memory", None)
+    assert found["product"].seconds == pytest.approx(1e-3)
+    # 4 units of 128 x 128 at 197 TFLOP/s: 1.503 GHz
+    assert found["product"].compiler == pytest.approx(1e-3, rel=1e-3)
+    assert found["all-gather"].binds == "interconnect"
+    assert shares(report(topology="cpu:4")) == {}
 
 
 def test_what_fits_comes_first_then_what_is_faster():
@@ -121,14 +144,29 @@ def test_candidates_hold_their_part_of_the_state():
     run, where = make_run(DENSE), find("cpu:4")
     program = run.program()
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
-    assert state_bytes(program, MeshSpec(data=4), where) == whole
-    assert state_bytes(program, MeshSpec(data=1, fsdp=4), where) == pytest.approx(
-        whole / 4, rel=0.01
-    )
+    held = lambda spec: state_bytes(program, spec.build(where.devices), make_rules())
+    assert held(MeshSpec(data=4)) == whole
+    assert held(MeshSpec(data=1, fsdp=4)) == pytest.approx(whole / 4, rel=0.01)
     small = dataclasses.replace(where, memory=whole - 1)
     assert all(spec.data < 4 for spec in candidates(run, small))
     with pytest.raises(DyncompError, match="the state alone takes|not a multiple"):
         candidates(run, dataclasses.replace(where, memory=1))
+
+
+def test_a_search_stops_after_its_minutes_and_says_what_is_left(monkeypatch):
+    tried = []
+    monkeypatch.setattr(search, "compile_run", lambda run, topology, spec: tried.append(spec))
+    specs = [MeshSpec(data=4), MeshSpec(fsdp=2), MeshSpec(fsdp=4)]
+    made, left = within(None, "cpu:4", specs, minutes=0)
+    assert (len(made), left, tried) == (1, 2, specs[:1])
+    made, left = within(None, "cpu:4", specs, minutes=None)
+    assert (len(made), left) == (3, 0)
+
+
+def test_likeliest_meshes_come_first():
+    found = candidates(make_run(DENSE), find("cpu:4"))
+    assert [spec.tensor for spec in found] == sorted(spec.tensor for spec in found)
+    assert (found[0].tensor, found[0].fsdp) == (1, 1)
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=", "fsdp=x", "fdsp=2", "fsdp=2,fsdp=2"])

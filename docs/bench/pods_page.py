@@ -1,0 +1,201 @@
+"""Writes docs/pods.md and its figure from ``pods/*.json``: ``python docs/bench/pods_page.py``."""
+
+import json
+from typing import Any
+
+import pods
+import scaling
+
+PAGE = pods.HERE.parent / "pods.md"
+FIGURE = pods.HERE.parent / "figures" / "scaling.svg"
+GIB = 2**30
+HOP_S = 1e-6
+"""Seconds of a hop from chip to chip: ours, not published."""
+
+HEAD = """# Pods that are not here
+
+Written by `docs/bench/pods_page.py`. Nothing on this page was run: programs were compiled by the TPU's own compiler,
+with no TPU (jax {jax}, libtpu {libtpu}, {date}). Memory, collectives, kernels and whether a program compiles at all are
+the compiler's word. Times are a **model** (`dyncomp/parallel/roofline.py`): published peaks and nothing that a clock has
+confirmed.
+
+## Every paper config
+
+`python docs/bench/pods.py`: the train step of each config at its paper's global batch and length, on a pod of 256 chips
+where batch and heads can be split that often, else on the slice that the config's head names and a v5p slice of as many
+chips. `mesh` is how the chips are used; without one it is the config's own.
+
+- GiB: the most that one chip holds, of 16 (v5e) or 95 (v5p); ours: state, by our own count.
+- TFLOP: of one chip and step, executed at most, no recomputation. Of dense: what that is of the same step if every
+  expert ran on every token.
+- collectives: places in the program, and GiB of results on one chip a step, by kind: all-**g**ather, all-**r**educe,
+  reduce-**s**catter, all-to-**a**ll, collective-**p**ermute.
+- kernels: calls of hand-written kernels in the program.
+- binds: what the model says is longest, and that bound in milliseconds.
+- s: tracing and compiling, on two shared cores.
+"""
+SHORT = {
+    "all-gather": "g",
+    "all-reduce": "r",
+    "reduce-scatter": "s",
+    "all-to-all": "a",
+    "ragged-all-to-all": "ra",
+    "collective-permute": "p",
+    "collective-broadcast": "b",
+}
+
+
+def paper(found: dict[str, Any]) -> str:
+    """The table of all configs."""
+    head = "config | slice | mesh | fits | GiB | ours | TFLOP | of dense | collectives | kernels | binds | s"
+    columns = head.count("|") + 1
+    lines = [f"| {head} |", "| " + " | ".join(["---"] * columns) + " |"]
+    lines += [line(row) for row in found["rows"]]
+    return "\n".join(lines)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One job; its reason in one line where it did not compile."""
+    cells = [
+        f"`{row['config'].removesuffix('_paper')}`",
+        row["slice"],
+        row["mesh"].replace(",", " "),
+    ]
+    if "error" in row:
+        return (
+            f"| {' | '.join(cells)} | not compiled: {row['error'].replace('|', '/')} |" + " |" * 8
+        )
+    report = row["report"]
+    if report["memory"] is None:
+        said = report["refused"].replace("|", "/")
+        return f"| {' | '.join(cells)} | no: {said} |" + " |" * 8
+    model, memory = report["model"], report["memory"]
+    dense = report["dense_flops"]
+    cells += [
+        "yes" if report["fits"] else "no",
+        f"{memory['peak'] / GIB:.2f}",
+        f"{report['state_bytes'] / GIB:.2f}",
+        "" if report["ledger_flops"] is None else f"{report['ledger_flops'] / 1e12:.3g}",
+        f"{report['ledger_flops'] / dense:.3f}" if dense else "",
+        traffic(report["collectives"]),
+        str(sum(report["kernels"].values())),
+        f"{model['binds']} {1e3 * model['overlapped']:.3g}" if model else "",
+        f"{report['seconds']:.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def traffic(found: dict[str, Any]) -> str:
+    """``g 12: 3.1, r 4: 0.2``."""
+    parts = (f"{SHORT[k]} {t['sites']}: {t['bytes'] / GIB:.2g}" for k, t in found.items())
+    return ", ".join(parts) or "none"
+
+
+def step_seconds(row: dict[str, Any]) -> dict[str, float]:
+    """The model of a step: all bounds overlapped, and one after another; both with the hops of every collective."""
+    model, found = row["report"]["model"], row["report"]["collectives"]
+    sides = [int(side) for side in scaling.SLICES[row["chips"]].partition(":")[2].split("x")]
+    hops = sum(side - 1 for side in sides)
+    latency = HOP_S * hops * sum(each["runs"] for each in found.values())
+    busy = max(model["compute"], model["memory"])
+    links = model["interconnect"] + latency
+    return {"overlapped": max(busy, links), "apart": model["compute"] + model["memory"] + links}
+
+
+def efficiency(rows: list[dict[str, Any]], model: str) -> dict[int, dict[str, float]]:
+    """By chips: time of the smallest slice over time, in both readings."""
+    own = {
+        row["chips"]: step_seconds(row) for row in rows if row["model"] == model and "report" in row
+    }
+    first = own[min(own)]
+    return {chips: {how: first[how] / each[how] for how in first} for chips, each in own.items()}
+
+
+SCALING = """
+## Weak scaling, 8 to 512 chips
+
+`python docs/bench/scaling.py`: v5p slices, {sequences} sequences of 2,048 tokens a chip. *dense* is
+`dynamic_logits_fusion_paper` (7B, parameters split over all chips); *experts* is `moe_plus_plus_paper` (experts over 8
+chips, the rest of the parameters over all). Collective bytes are the compiler's; time and efficiency are the
+**model's**.
+
+Assumptions of the interconnect: every collective goes round one dimension of the torus at the links' published peak
+(v5p: 1.2 TB/s a chip, both ways, over three dimensions: 200 GB/s sent along one), although XLA may use all three; each
+of its runs also waits for a message to pass every dimension of the slice, at 1 microsecond a hop (ours; no maker says
+it). *Overlapped*: everything beside everything; *apart*: one after another. The truth lies between them, if the peaks
+are reached at all.
+
+| {head} |
+| {rule} |
+"""
+SCALED = (
+    "model | chips | GiB a chip | GiB sent a chip and step | collectives run | compute ms | memory ms | links ms | "
+    "waits ms | efficiency, overlapped | apart"
+)
+
+
+def scaled(found: dict[str, Any]) -> str:
+    """The table of the study."""
+    lines = []
+    for model in scaling.MODELS:
+        shares = efficiency(found["rows"], model)
+        for row in (row for row in found["rows"] if row["model"] == model):
+            if "report" not in row:
+                lines.append(
+                    f"| {model} | {row['chips']} | not compiled: {row['error']} |" + " |" * 8
+                )
+                continue
+            report, times = row["report"], row["report"]["model"]
+            moved = report["collectives"].values()
+            waits = step_seconds(row)["apart"] - times["apart"]
+            cells = [
+                model,
+                str(row["chips"]),
+                f"{report['memory']['peak'] / GIB:.1f}",
+                f"{sum(each['sent'] for each in moved) / GIB:.2f}",
+                str(sum(each["runs"] for each in moved)),
+                *(f"{1e3 * times[name]:.0f}" for name in ("compute", "memory", "interconnect")),
+                f"{1e3 * waits:.1f}",
+                *(f"{shares[row['chips']][how]:.3f}" for how in ("overlapped", "apart")),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    picture = "\n\n![Efficiency by the model against chips](figures/scaling.svg)\n"
+    rule = " | ".join(["---"] * (SCALED.count("|") + 1))
+    text = SCALING.format(sequences=found["sequences"], head=SCALED, rule=rule)
+    return text + "\n".join(lines) + picture
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Efficiency against chips, both readings of both models."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "pods"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for model, colour in zip(scaling.MODELS, ("tab:blue", "tab:orange"), strict=True):
+        shares = efficiency(found["rows"], model)
+        for how, style in (("overlapped", "-"), ("apart", "--")):
+            heights = [each[how] for each in shares.values()]
+            axes.plot(
+                list(shares), heights, style, color=colour, marker="o", label=f"{model}, {how}"
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(scaling.SLICES), [str(n) for n in scaling.SLICES])
+    axes.set(ylim=(0, 1.1), xlabel="v5p chips", ylabel="efficiency (model)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(FIGURE, metadata={"Date": None})
+
+
+def page() -> str:
+    """The whole page."""
+    found = pods.load()
+    text = HEAD.format(**found["versions"], date=found["date"]) + "\n" + paper(found) + "\n"
+    return text + scaled(json.loads(scaling.ROWS.read_text()))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    draw(json.loads(scaling.ROWS.read_text()))
