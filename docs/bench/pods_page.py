@@ -16,8 +16,8 @@ HEAD = """# Pods that are not here
 
 Written by `docs/bench/pods_page.py`. Nothing on this page was run: programs were compiled by the TPU's own compiler,
 with no TPU (jax {jax}, libtpu {libtpu}, {date}). Memory, collectives, kernels and whether a program compiles at all are
-the compiler's word. Times are a **model** (`dyncomp/parallel/roofline.py`): published peaks and nothing that a clock has
-confirmed.
+the compiler's word. Times are a **model** (`dyncomp/parallel/roofline.py`): published peaks and nothing that a clock
+has confirmed.
 
 ## Every paper config
 
