@@ -90,7 +90,17 @@ def jobs() -> list[tuple[str, str, str]]:
 
 def compile_one(config: str, name: str, mesh: str, more: Sequence[str] = ()) -> dict[str, Any]:
     """A row: what ``dyncomp compile --json`` says, or its one line of error; ``more`` are words of the command."""
-    words = [sys.executable, "-m", "dyncomp", "compile", config, "--topology", name, "--json"]
+    words = [
+        sys.executable,
+        "-m",
+        "dyncomp",
+        "compile",
+        config,
+        "--topology",
+        name,
+        "--no-code",
+        "--json",
+    ]
     words += [*(["--mesh", mesh] if mesh else []), *more]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     told = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}

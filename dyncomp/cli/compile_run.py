@@ -41,6 +41,11 @@ def add(commands: Any) -> None:
         "--length", type=int, help="tokens of a prompt, slots of a cache (default: the task's)"
     )
     parser.add_argument(
+        "--no-code",
+        action="store_true",
+        help="stop before machine code is written: many times faster, and all but kernels are known (TPU)",
+    )
+    parser.add_argument(
         "--search", action="store_true", help="try every mesh that divides, and rank them"
     )
     parser.add_argument(
@@ -71,7 +76,7 @@ def mesh_of(text: str) -> Any:
 def _main(args: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    from dyncomp.parallel.aot import Ask, compile_job, prepare
+    from dyncomp.parallel.aot import Ask, compile_job, optimise_job, prepare
 
     if args.search and (args.mesh or len(args.configs) > 1 or args.what != "train"):
         raise DyncompError(
@@ -84,19 +89,31 @@ def _main(args: argparse.Namespace) -> None:
         (run,) = runs.values()
         compare(args, *_searched(args, run))
         return
-    specs = [mesh_of(text) for text in args.mesh] or [None]
     asked = {"what": args.what, "batch": args.batch, "length": args.length}
     # All are checked before the first is compiled, which takes minutes.
     jobs = [
-        (name, prepare(run, Ask(args.topology, spec, **asked)))
+        (name, text, prepare(run, Ask(args.topology, mesh_of(text) if text else None, **asked)))
         for name, run in runs.items()
-        for spec in specs
+        for text in args.mesh or [""]
     ]
-    reports = [(name, compile_job(job)) for name, job in jobs]
+    make = lambda name, text, job: (
+        optimise_job(job, _alone(args, name, text)) if args.no_code else compile_job(job)
+    )
+    reports = [(name, make(name, text, job)) for name, text, job in jobs]
     if len(reports) > 1:
         compare(args, reports)
     else:
         show(args, reports[0][1])
+
+
+def _alone(args: argparse.Namespace, name: str, mesh: str) -> list[str]:
+    """Words of the command that compiles one config for one mesh."""
+    words = [name, "--topology", args.topology, "--what", args.what]
+    words += ["--mesh", mesh] if mesh else []
+    for flag in ("batch", "length"):
+        value = getattr(args, flag)
+        words += [f"--{flag}", str(value)] if value is not None else []
+    return words + [f"--gin.{override}" for override in args.overrides]
 
 
 def _run(name: str, overrides: Sequence[str]) -> Any:

@@ -7,7 +7,7 @@ looks for a TPU.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,9 +19,11 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import PyTree
 from dyncomp.parallel import hlo, ops
 from dyncomp.parallel.counts import bounds
+from dyncomp.parallel.early import optimised
 from dyncomp.parallel.mesh import MeshSpec, check_batch
 from dyncomp.parallel.report import GIB, CompileReport, Memory
-from dyncomp.parallel.roofline import chip_of, seconds
+from dyncomp.parallel.roofline import chip_of
+from dyncomp.parallel.roofline import seconds as op_seconds
 from dyncomp.parallel.rules import make_rules, traced_for
 from dyncomp.parallel.serving import Serving, lower, serving_bytes, serving_of
 from dyncomp.parallel.shardings import held_bytes, shardings_for
@@ -133,18 +135,47 @@ def compile_run(
 
 def compile_job(job: Job) -> CompileReport:
     """Compiles, unless the state alone is more than a device holds."""
-    limit = job.where.memory
+    if too_large := _too_large(job):
+        return report_of(job, refused=too_large)
     start = time.perf_counter()
-    compiled: Any = None
-    refused = ""
-    if limit is not None and job.state_bytes > limit:
-        refused = f"the state alone takes {job.state_bytes / GIB:.1f} GiB a device; not compiled"
-    else:
-        compiled = _compiled(job)
-    if isinstance(compiled, str):
-        compiled, refused = None, compiled
+    compiled = _compiled(job)
     seconds = time.perf_counter() - start
-    memory = None if compiled is None else _memory(compiled)
+    if isinstance(compiled, str):
+        return report_of(job, refused=compiled, seconds=seconds)
+    report = report_of(job, compiled.as_text(), _memory(compiled), seconds=seconds)
+    counted = float((compiled.cost_analysis() or {}).get("flops", 0.0))
+    return dataclasses.replace(report, xla_flops=counted)
+
+
+def optimise_job(job: Job, words: Sequence[str]) -> CompileReport:
+    """The same without machine code, by a process of its own (`dyncomp.parallel.early`).
+
+    Args:
+      job: what to compile.
+      words: of the command that compiles it.
+    """
+    if too_large := _too_large(job):
+        return report_of(job, refused=too_large)
+    found = optimised(words)
+    report = report_of(job, found.text, found.memory, found.refused, found.seconds)
+    return dataclasses.replace(report, stopped=True)
+
+
+def _too_large(job: Job) -> str:
+    limit = job.where.memory
+    if limit is None or job.state_bytes <= limit:
+        return ""
+    return f"the state alone takes {job.state_bytes / GIB:.1f} GiB a device; not compiled"
+
+
+def report_of(
+    job: Job, text: str = "", memory: Memory | None = None, refused: str = "", seconds: float = 0.0
+) -> CompileReport:
+    """A report from a program's text and memory, or from the reason why there is none."""
+    limit = job.where.memory
+    found = ops.operations(text) if text else []
+    chip = chip_of(job.ask.topology)
+    longest = lambda each: op_seconds(each.work, chip) if chip else each.work.bytes
     report = CompileReport(
         what=job.ask.what,
         topology=job.ask.topology,
@@ -154,6 +185,10 @@ def compile_job(job: Job) -> CompileReport:
         memory=memory,
         fits=None if limit is None else memory is not None and memory.peak <= limit,
         refused=refused,
+        collectives=hlo.collectives(text) if text else {},
+        kernels=hlo.kernels(text) if text else {},
+        work=ops.by_kind(found),
+        heaviest=sorted(found, key=longest, reverse=True)[:HEAVIEST],
         parameters=_parameters(job.made),
         batch=_shapes(job.made),
         state_bytes=job.state_bytes,
@@ -162,7 +197,7 @@ def compile_job(job: Job) -> CompileReport:
     if isinstance(job.made, Program):
         ours, dense = _flops(job.run.model, job.made, job.mesh.size)
         report = dataclasses.replace(report, ledger_flops=ours, dense_flops=dense)
-    return report if compiled is None else _with_program(report, compiled)
+    return report
 
 
 def _parameters(made: Program | Serving) -> int:
@@ -174,21 +209,6 @@ def _shapes(made: Program | Serving) -> dict[str, tuple[int, ...]]:
     if isinstance(made, Serving):
         return {"tokens": made.inputs}
     return {name: tuple(value.shape) for name, value in made.batch.items()}
-
-
-def _with_program(report: CompileReport, compiled: Any) -> CompileReport:
-    text = compiled.as_text()
-    found = ops.operations(text)
-    chip = chip_of(report.topology)
-    longest = lambda each: seconds(each.work, chip) if chip else each.work.bytes
-    return dataclasses.replace(
-        report,
-        xla_flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)),
-        collectives=hlo.collectives(text),
-        kernels=hlo.kernels(text),
-        work=ops.by_kind(found),
-        heaviest=sorted(found, key=longest, reverse=True)[:HEAVIEST],
-    )
 
 
 def _compiled(job: Job) -> Any:

@@ -7,6 +7,7 @@ inside a `shard_map`: those count one by one, but for fused steps.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -76,11 +77,18 @@ def collectives(text: str) -> dict[str, Traffic]:
 
 
 def _group(line: str, everyone: int) -> int:
-    """Devices that take part in a collective together: ``{{0,1},{2,3}}`` and ``[2,2]<=[4]`` both say two."""
+    """Devices that take part in a collective together.
+
+    ``{{0,1},{2,3}}``, ``[2,2]<=[4]`` and ``mesh['a'=2,'b'=2] {'b'}`` all say two; an axis may be split, ``'b':(1)2``.
+    """
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return listed[1].count(",") + 1
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(counted[1])
+    if meshed := re.search(r"replica_groups=\S*mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])}
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", meshed[2])
+        return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
     return everyone
 
 

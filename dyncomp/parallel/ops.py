@@ -205,7 +205,9 @@ class Program:
         """Read from and written to the device's memory by an instruction of computation ``name``."""
         around = self[name]
         if made.opcode.endswith("-start"):  # the result holds the operand again, and a context
-            return 2 * min((_main_bytes(part[0]) for part in _shapes(made.shape)), default=0)
+            parts = [part for part in _shapes(made.shape) if part[2]]
+            both = 1 if any(ON_CHIP in part[0] for part in parts) else 2
+            return both * min((_all_bytes(part[0]) for part in parts), default=0)
         given = [around[operand].shape for operand in made.operands if operand in around]
         read = [self._read(made, place, shape) for place, shape in enumerate(given)]
         return sum(read) + self._written(made)

@@ -62,6 +62,7 @@ class CompileReport:
       batch: shapes of the global batch.
       state_bytes: what a device holds before and after the step, by our own count.
       seconds: spent tracing and compiling.
+      stopped: before machine code was written (`dyncomp.parallel.early`).
     """
 
     topology: str
@@ -83,6 +84,7 @@ class CompileReport:
     batch: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     state_bytes: int = 0
     seconds: float = 0.0
+    stopped: bool = False
 
     def to_json(self) -> str:
         """All fields and the verdict, as JSON text."""
@@ -122,5 +124,6 @@ class CompileReport:
             rows.append((kind, f"{t.sites} places, {t.runs} runs, {t.bytes / GIB:.3f} GiB a step"))
         for name, count in self.kernels.items():
             rows.append((f"kernel {name}", f"{count} places"))
-        rows.append(("compiled in", f"{self.seconds:.1f} s"))
+        how = "optimised, no machine code, in" if self.stopped else "compiled in"
+        rows.append((how, f"{self.seconds:.1f} s"))
         return rows

@@ -83,14 +83,17 @@ def serving_of(run: Any, what: What, batch: int, length: int) -> Serving:
     steps, key = Steps(model), jax.eval_shape(jax.random.key, 0)
     shape = (batch, length)
     prompt = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
-    prefill = lambda variables, tokens, mask, key: steps.prefill(
-        variables, tokens, mask, length, None, key
-    )
+
+    def prefill(variables: Any, tokens: Any, mask: Any, key: Any) -> Any:
+        return steps.prefill(variables, tokens, mask, length, None, key)
+
+    def decode(variables: Any, stand: Any, key: Any) -> Any:
+        return steps.decode(variables, stand, None, key)
+
     names = separate_names(logical_names(boxed))
     if what == "prefill":
         return Serving(what, prefill, variables, names, (*prompt, key), model, shape)
     stand, *_ = jax.eval_shape(prefill, variables, *prompt, key)
-    decode = lambda variables, stand, key: steps.decode(variables, stand, None, key)
     return Serving(what, decode, variables, names, (stand, key), model, (batch, 1))
 
 

@@ -23,11 +23,12 @@ HBM = {
 
 EXAMPLES = "v4:4x4x4, v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1, cpu:4"
 QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""Answers to what libtpu asks of a TPU machine when it loads; they do not change what it compiles for."""
+"""What libtpu asks of a TPU machine when it loads, and a lock that is a TPU's; nothing that it compiles changes."""
 
 OVERLAP = {"xla_tpu_enable_async_all_to_all": "true"}
 """Options of the TPU compiler: an all-to-all may run beside the matrix products it does not depend on."""
