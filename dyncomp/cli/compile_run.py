@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import shutil
+import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from dyncomp.cli.compile_text import compare, show
 from dyncomp.cli.output import command, json_flag
@@ -76,6 +79,12 @@ def mesh_of(text: str) -> Any:
 def _main(args: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from dyncomp.parallel.early import dump_here
+
+    one = len(args.configs) == 1 and len(args.mesh) < 2 and not args.search
+    if args.no_code and not one:
+        raise DyncompError("--no-code compiles one config for one mesh: leave out the others")
+    folder = dump_here() if args.no_code else None
     from dyncomp.parallel.aot import Ask, compile_job, optimise_job, prepare
 
     if args.search and (args.mesh or len(args.configs) > 1 or args.what != "train"):
@@ -89,31 +98,29 @@ def _main(args: argparse.Namespace) -> None:
         (run,) = runs.values()
         compare(args, *_searched(args, run))
         return
+    specs = [mesh_of(text) for text in args.mesh] or [None]
     asked = {"what": args.what, "batch": args.batch, "length": args.length}
     # All are checked before the first is compiled, which takes minutes.
     jobs = [
-        (name, text, prepare(run, Ask(args.topology, mesh_of(text) if text else None, **asked)))
+        (name, prepare(run, Ask(args.topology, spec, **asked)))
         for name, run in runs.items()
-        for text in args.mesh or [""]
+        for spec in specs
     ]
-    make = lambda name, text, job: (
-        optimise_job(job, _alone(args, name, text)) if args.no_code else compile_job(job)
-    )
-    reports = [(name, make(name, text, job)) for name, text, job in jobs]
+    if folder is not None:
+        show(args, optimise_job(jobs[0][1], folder))
+        _leave(folder)
+    reports = [(name, compile_job(job)) for name, job in jobs]
     if len(reports) > 1:
         compare(args, reports)
     else:
         show(args, reports[0][1])
 
 
-def _alone(args: argparse.Namespace, name: str, mesh: str) -> list[str]:
-    """Words of the command that compiles one config for one mesh."""
-    words = [name, "--topology", args.topology, "--what", args.what]
-    words += ["--mesh", mesh] if mesh else []
-    for flag in ("batch", "length"):
-        value = getattr(args, flag)
-        words += [f"--{flag}", str(value)] if value is not None else []
-    return words + [f"--gin.{override}" for override in args.overrides]
+def _leave(folder: Path) -> NoReturn:
+    """Ends the process beside a compile that goes on."""
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _run(name: str, overrides: Sequence[str]) -> Any:

@@ -6,8 +6,10 @@ looks for a TPU.
 """
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -20,13 +22,13 @@ from dyncomp.core.typing import PyTree
 from dyncomp.parallel import hlo, ops
 from dyncomp.parallel.counts import bounds
 from dyncomp.parallel.early import optimised
-from dyncomp.parallel.mesh import MeshSpec, check_batch
+from dyncomp.parallel.mesh import MeshSpec, batch_parts, check_batch
 from dyncomp.parallel.report import GIB, CompileReport, Memory
 from dyncomp.parallel.roofline import chip_of
 from dyncomp.parallel.roofline import seconds as op_seconds
 from dyncomp.parallel.rules import make_rules, traced_for
 from dyncomp.parallel.serving import Serving, lower, serving_bytes, serving_of
-from dyncomp.parallel.shardings import held_bytes, shardings_for
+from dyncomp.parallel.shardings import held_bytes, logical_names, placed, shardings_for
 from dyncomp.parallel.topology import Topology, compile_step, find
 
 HEAVIEST = 10
@@ -44,6 +46,7 @@ class Program:
       batch: abstract global batch.
       loss: (params, controls, batch, step, keys) -> (loss, rest): what the step differentiates.
       part: abstract batch that is differentiated at once, the whole one or one of those that are accumulated.
+      trainable: regular expression of the parameters that move.
     """
 
     step: Callable[..., Any]
@@ -52,6 +55,7 @@ class Program:
     batch: Mapping[str, jax.ShapeDtypeStruct]
     loss: Callable[..., Any]
     part: Mapping[str, jax.ShapeDtypeStruct]
+    trainable: str = ".*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,17 +151,21 @@ def compile_job(job: Job) -> CompileReport:
     return dataclasses.replace(report, xla_flops=counted)
 
 
-def optimise_job(job: Job, words: Sequence[str]) -> CompileReport:
-    """The same without machine code, by a process of its own (`dyncomp.parallel.early`).
+def optimise_job(job: Job, folder: Path) -> CompileReport:
+    """The same without machine code (`dyncomp.parallel.early`); the process must then end with `os._exit`.
 
     Args:
       job: what to compile.
-      words: of the command that compiles it.
+      folder: of `early.dump_here`.
     """
     if too_large := _too_large(job):
         return report_of(job, refused=too_large)
-    found = optimised(words)
-    report = report_of(job, found.text, found.memory, found.refused, found.seconds)
+    start = time.perf_counter()
+    found = optimised(lambda: _compiled(job), folder)
+    seconds = time.perf_counter() - start
+    if isinstance(found, str):
+        return report_of(job, refused=found, seconds=seconds)
+    report = report_of(job, found.text, found.memory, seconds=seconds)
     return dataclasses.replace(report, stopped=True)
 
 
@@ -198,6 +206,32 @@ def report_of(
         ours, dense = _flops(job.run.model, job.made, job.mesh.size)
         report = dataclasses.replace(report, ledger_flops=ours, dense_flops=dense)
     return report
+
+
+def held_of(job: Job) -> dict[str, int]:
+    """What `memory.predict_memory` wants to know of a train step's arguments."""
+    program, mesh = job.made, job.mesh
+    assert isinstance(program, Program)
+    names = logical_names(program.boxed)
+    places = placed(names, program.state.params, mesh, job.rules)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(program.state.params),
+        jax.tree.leaves(places),
+        strict=True,
+    )
+    moving = layers = 0
+    for (path, leaf), place in pairs:
+        size = held_bytes(leaf, place)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        moving += size * bool(re.search(program.trainable, name))
+        layers += size * ("/layers/" in name)
+    batch = sum(leaf.size * leaf.dtype.itemsize for leaf in program.batch.values())
+    return {
+        "state": job.state_bytes,
+        "moving": moving,
+        "layers": layers,
+        "batch": batch // batch_parts(mesh),
+    }
 
 
 def _parameters(made: Program | Serving) -> int:

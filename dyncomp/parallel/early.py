@@ -1,20 +1,19 @@
-"""A compile that is stopped once XLA has optimised the program and placed its buffers, before it writes machine code.
+"""A compile that is left once XLA has optimised the program and placed its buffers, before it writes machine code.
 
 On TPUs machine code is most of a compile's time, and nothing of it is needed to know memory, collectives, kernels and
-products: they are final by then. Whether kernels become code is not learnt. The compile runs in a process of its own,
-which XLA tells to dump what it has; that process is ended when the dump is whole.
+products: they are final by then. Whether kernels become code is not learnt. XLA dumps what it has; the thread that
+compiles goes on until the process ends, so such a process compiles one program and is then ended with `os._exit`.
 """
 
 import dataclasses
-import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.parallel.report import Memory
@@ -32,61 +31,65 @@ POLL_S = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Optimised:
-    """What a stopped compile left.
+    """What a compile that was left had.
 
     Attributes:
       text: the optimised program.
       memory: of one device.
-      refused: XLA's words when it needs more memory than a device has; then there is no text.
-      seconds: from the start of the process.
     """
 
     text: str
-    memory: Memory | None
-    refused: str
-    seconds: float
+    memory: Memory
 
 
-def optimised(words: Sequence[str]) -> Optimised:
-    """Runs ``dyncomp compile`` until its program is optimised.
+def dump_here() -> Path:
+    """A new folder that XLA will dump steps into; call it before jax starts."""
+    folder = Path(tempfile.mkdtemp(prefix="dyncomp-"))
+    asked = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {asked}"
+    return folder
+
+
+def optimised(compile_: Callable[[], Any], folder: Path) -> Optimised | str:
+    """Compiles in a thread until the dump of the optimised program is whole.
 
     Args:
-      words: arguments behind ``compile``, of one config and one mesh.
+      compile_: returns the compiled step, or XLA's reason for refusing it.
+      folder: of `dump_here`.
 
-    Raises:
-      DyncompError: the command's own error.
+    Returns:
+      What is known, or the reason.
     """
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text"
-        told = {**os.environ, "XLA_FLAGS": flags + " --xla_dump_hlo_module_re=jit_(step|prefill|decode)"}
-        command = [sys.executable, "-m", "dyncomp", "compile", *words, "--json"]
-        with (Path(folder) / "said").open("w+") as said, (Path(folder) / "err").open("w+") as wrong:
-            child = subprocess.Popen(command, env=told, stdout=said, stderr=wrong)
-            try:
-                found = _wait(child, Path(folder))
-            finally:
-                child.kill()
-                child.wait()
-            seconds = time.perf_counter() - start
-            if found is not None:
-                text, memory = _read(found)
-                return Optimised(text, memory, "", seconds)
-            return _ended(child.returncode, said, wrong, seconds)
+    ended: list[Any] = []
 
+    def work() -> None:
+        try:
+            ended.append(compile_())
+        except BaseException as error:  # raised again where it can be caught
+            ended.append(error)
 
-def _wait(child: subprocess.Popen, folder: Path) -> Path | None:
-    """Path of the dump's files without their ends, or None where the process ended without them."""
-    while True:
-        alive = child.poll() is None
-        steps = [path for path in folder.glob(f"*{TEXT}") if _STEP.search(path.name)]
-        if steps:
-            name = str(steps[-1]).removesuffix(TEXT)
-            if _whole([Path(name + end) for end in (TEXT, BUFFERS)]):
-                return Path(name)
-        if not alive:
-            return None
+    threading.Thread(target=work, daemon=True).start()
+    while (name := _found(folder)) is None:
+        if ended and isinstance(ended[0], BaseException):
+            raise ended[0]
+        if ended and isinstance(ended[0], str):
+            return ended[0]
+        if ended and _found(folder) is None:
+            raise DyncompError(
+                "XLA dumped no optimised program; leave out --no-code (it is for TPUs)"
+            )
         time.sleep(POLL_S)
+    text = Path(f"{name}{TEXT}").read_text()
+    return Optimised(text, memory_of(Path(f"{name}{BUFFERS}").read_text()))
+
+
+def _found(folder: Path) -> Path | None:
+    """Path of the dump's files without their ends, once they are whole."""
+    for path in folder.glob(f"*{TEXT}"):
+        name = str(path).removesuffix(TEXT)
+        if _STEP.search(path.name) and _whole([Path(name + end) for end in (TEXT, BUFFERS)]):
+            return Path(name)
+    return None
 
 
 def _whole(paths: Sequence[Path]) -> bool:
@@ -95,11 +98,6 @@ def _whole(paths: Sequence[Path]) -> bool:
     before = sizes()
     time.sleep(POLL_S)
     return all(before) and before == sizes()
-
-
-def _read(name: Path) -> tuple[str, Memory]:
-    text = Path(f"{name}{TEXT}").read_text()
-    return text, memory_of(Path(f"{name}{BUFFERS}").read_text())
 
 
 def memory_of(assignment: str) -> Memory:
@@ -116,13 +114,3 @@ def memory_of(assignment: str) -> Memory:
         sizes["aliased"] += int(size) * (given and out)
     peak = sizes["arguments"] + sizes["outputs"] + sizes["temporaries"] - sizes["aliased"]
     return Memory(**sizes, code=0, peak=peak)
-
-
-def _ended(code: int | None, said, wrong, seconds: float) -> Optimised:
-    """What the process says of itself: refused, or an error."""
-    said.seek(0)
-    wrong.seek(0)
-    if code == 0 and (told := said.read().strip()):
-        return Optimised("", None, json.loads(told)["refused"], seconds)
-    lines = [line for line in wrong.read().splitlines() if line.strip()] or [f"exit code {code}"]
-    raise DyncompError(lines[-1].removeprefix("error: "))

@@ -27,7 +27,8 @@ def program_of(run: Run) -> Program:
         name: jax.ShapeDtypeStruct((leaf.shape[0] // run.accumulate, *leaf.shape[1:]), leaf.dtype)
         for name, leaf in batch.items()
     }
-    return Program(train_step(run, stage, tx), state, boxed, batch, loss_of(run, stage), part)
+    loss = loss_of(run, stage)
+    return Program(train_step(run, stage, tx), state, boxed, batch, loss, part, stage.trainable)
 
 
 def try_out(run: Run) -> None:
