@@ -122,15 +122,20 @@ def load() -> dict[str, Any]:
     return json.loads(ROWS.read_text()) if ROWS.is_file() else {"rows": []}
 
 
+def versions() -> dict[str, Any]:
+    """What compiled, and when."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    return {"versions": found, "date": datetime.date.today().isoformat()}
+
+
 def keep(row: dict[str, Any]) -> None:
     """Puts a row into the file, in the place of an older one."""
     found = load()
     key = lambda row: (row["config"], row["slice"], row["mesh"])  # noqa: E731
     rows = {key(old): old for old in found["rows"]} | {key(row): row}
     order = {job: place for place, job in enumerate(jobs())}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     kept = [rows[job] for job in sorted(rows, key=lambda job: order.get(job, len(order)))]
-    made = {"versions": versions, "date": datetime.date.today().isoformat(), "rows": kept}
+    made = {**versions(), "rows": kept}
     ROWS.parent.mkdir(exist_ok=True)
     ROWS.write_text(json.dumps(made, indent=1) + "\n")
 

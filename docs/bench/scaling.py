@@ -4,12 +4,10 @@ The train steps of a dense and of an expert model are compiled for slices of 8 t
 same share of the batch, and kept in ``pods/scaling.json``. Nothing is run; ``pods_page.py`` makes table and figure.
 """
 
-import datetime
-import importlib.metadata
 import json
 from typing import Any
 
-from pods import HERE, compile_one
+from pods import HERE, compile_one, versions
 
 ROWS = HERE / "pods" / "scaling.json"
 SLICES = {
@@ -59,9 +57,11 @@ def main() -> None:
             continue
         print(*job, flush=True)
         rows[job] = compiled(*job)
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-        made = {"versions": versions, "date": datetime.date.today().isoformat()}
-        made |= {"sequences": SEQUENCES, "rows": [rows[key] for key in jobs() if key in rows]}
+        made = {
+            **versions(),
+            "sequences": SEQUENCES,
+            "rows": [rows[key] for key in jobs() if key in rows],
+        }
         ROWS.write_text(json.dumps(made, indent=1) + "\n")
         print("  ", rows[job].get("error") or rows[job]["report"]["verdict"], flush=True)
 

@@ -49,6 +49,11 @@ def add(commands: Any) -> None:
         help="stop before machine code is written: many times faster, and all but kernels are known (TPU)",
     )
     parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="say what the compiler makes of kernels: schedules (TPU), registers and spills (GPU)",
+    )
+    parser.add_argument(
         "--search", action="store_true", help="try every mesh that divides, and rank them"
     )
     parser.add_argument(
@@ -79,13 +84,13 @@ def mesh_of(text: str) -> Any:
 def _main(args: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    from dyncomp.parallel.early import dump_here
-
     one = len(args.configs) == 1 and len(args.mesh) < 2 and not args.search
-    if args.no_code and not one:
-        raise DyncompError("--no-code compiles one config for one mesh: leave out the others")
-    folder = dump_here() if args.no_code else None
-    from dyncomp.parallel.aot import Ask, compile_job, optimise_job, prepare
+    if (args.no_code or args.kernels) and not one or (args.no_code and args.kernels):
+        raise DyncompError(
+            "--no-code and --kernels compile one config for one mesh, and not together: leave out the others"
+        )
+    folder = _dumped(args)
+    from dyncomp.parallel.aot import Ask, compile_job, optimise_job, prepare, with_kernels
 
     if args.search and (args.mesh or len(args.configs) > 1 or args.what != "train"):
         raise DyncompError(
@@ -106,14 +111,27 @@ def _main(args: argparse.Namespace) -> None:
         for name, run in runs.items()
         for spec in specs
     ]
-    if folder is not None:
+    if args.no_code and folder:
         show(args, optimise_job(jobs[0][1], folder))
         _leave(folder)
     reports = [(name, compile_job(job)) for name, job in jobs]
+    if folder:
+        reports = [(name, with_kernels(report, folder)) for name, report in reports]
+        shutil.rmtree(folder, ignore_errors=True)
     if len(reports) > 1:
         compare(args, reports)
     else:
         show(args, reports[0][1])
+
+
+def _dumped(args: argparse.Namespace) -> Path | None:
+    """Where compilers are told to write, before any is loaded."""
+    from dyncomp.parallel.early import dump_here
+    from dyncomp.parallel.schedule import told_to_dump
+
+    if args.kernels and not args.topology.startswith("h100"):
+        return told_to_dump()
+    return dump_here() if args.no_code or args.kernels else None
 
 
 def _leave(folder: Path) -> NoReturn:

@@ -22,14 +22,19 @@ from dyncomp.core.typing import PyTree
 from dyncomp.parallel import hlo, ops
 from dyncomp.parallel.counts import bounds
 from dyncomp.parallel.early import optimised
+from dyncomp.parallel.memory import predict_memory
 from dyncomp.parallel.mesh import MeshSpec, batch_parts, check_batch
 from dyncomp.parallel.report import GIB, CompileReport, Memory
 from dyncomp.parallel.roofline import chip_of
 from dyncomp.parallel.roofline import seconds as op_seconds
 from dyncomp.parallel.rules import make_rules, traced_for
+from dyncomp.parallel.schedule import registers, schedules
 from dyncomp.parallel.serving import Serving, lower, serving_bytes, serving_of
 from dyncomp.parallel.shardings import held_bytes, logical_names, placed, shardings_for
 from dyncomp.parallel.topology import Topology, compile_step, find
+
+MARGIN = 1.25
+"""How far over a device's memory our own count must be for a program not to be compiled."""
 
 HEAVIEST = 10
 """Operations that a report names."""
@@ -169,11 +174,31 @@ def optimise_job(job: Job, folder: Path) -> CompileReport:
     return dataclasses.replace(report, stopped=True)
 
 
+def with_kernels(report: CompileReport, folder: Path) -> CompileReport:
+    """The report with what compilers wrote about its kernels (`dyncomp.parallel.schedule`)."""
+    return dataclasses.replace(
+        report, schedules=schedules(folder, report.kernels), registers=registers(folder)
+    )
+
+
 def _too_large(job: Job) -> str:
+    """Why it is not worth compiling; empty where it may fit. Our own count of the whole may be wrong by `MARGIN`."""
     limit = job.where.memory
-    if limit is None or job.state_bytes <= limit:
+    if limit is None:
         return ""
-    return f"the state alone takes {job.state_bytes / GIB:.1f} GiB a device; not compiled"
+    if job.state_bytes > limit:
+        return f"the state alone takes {job.state_bytes / GIB:.1f} GiB a device; not compiled"
+    needed = _predicted(job).get("peak", 0)
+    if needed > MARGIN * limit:
+        return f"about {needed / GIB:.1f} GiB a device, by our own count; not compiled"
+    return ""
+
+
+def _predicted(job: Job) -> dict[str, int]:
+    if not isinstance(job.made, Program):
+        return {}
+    found = predict_memory(job.run.model, job.made, job.mesh, job.rules, held_of(job))
+    return {**dataclasses.asdict(found), "peak": found.peak} if found else {}
 
 
 def report_of(
@@ -204,7 +229,9 @@ def report_of(
     )
     if isinstance(job.made, Program):
         ours, dense = _flops(job.run.model, job.made, job.mesh.size)
-        report = dataclasses.replace(report, ledger_flops=ours, dense_flops=dense)
+        report = dataclasses.replace(
+            report, ledger_flops=ours, dense_flops=dense, predicted=_predicted(job)
+        )
     return report
 
 

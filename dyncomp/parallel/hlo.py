@@ -20,6 +20,9 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+KERNELS = ("tpu_custom_call", "__gpu$", "mosaic_gpu")
+"""How names of custom calls begin that are hand-written kernels, on TPUs and by both Pallas backends on GPUs."""
+
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\([^{]*)?.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -111,7 +114,7 @@ def kernels(text: str) -> dict[str, int]:
 
 def is_kernel(line: str) -> bool:
     """Whether an instruction calls a hand-written kernel."""
-    return 'custom_call_target="tpu_custom_call"' in line or "__gpu$" in line
+    return any(f'custom_call_target="{target}' in line for target in KERNELS)
 
 
 def computations(text: str) -> dict[str, list[tuple[str, str]]]:

@@ -3,7 +3,7 @@
 For a `DecoderLM` of dense attention and SwiGLU, MLP or mixture-of-experts units. Parameters, moments, gradients and
 what the backward pass keeps (by the rematerialisation policy) are counted from traced shapes. What one layer needs
 while it runs backward is a formula; which of its buffers live at once was read from XLA's lists of buffers for TPUs
-(jax 0.10.2, scanned layers). ``docs/bench/memory_model.json`` says how well it does.
+(jax 0.10.2, scanned layers). ``docs/bench/pods/memory_model.json`` says how well it does.
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dyncomp.parallel.hlo import Traffic
 from dyncomp.parallel.ops import Operation, Work
+from dyncomp.parallel.schedule import Registers, Schedule
 
 GIB = 2**30
 CAVEAT = (
@@ -62,6 +63,10 @@ class CompileReport:
       batch: shapes of the global batch.
       state_bytes: what a device holds before and after the step, by our own count.
       seconds: spent tracing and compiling.
+      predicted: bytes on one device by our own count (`dyncomp.parallel.memory`): its parts, and ``peak``; empty for
+        steps that it does not know.
+      schedules: of hand-written kernels on a TPU, where asked for.
+      registers: of kernels on a GPU, where asked for.
       stopped: before machine code was written (`dyncomp.parallel.early`).
     """
 
@@ -85,6 +90,9 @@ class CompileReport:
     state_bytes: int = 0
     seconds: float = 0.0
     stopped: bool = False
+    predicted: dict[str, int] = dataclasses.field(default_factory=dict)
+    schedules: dict[str, Schedule] = dataclasses.field(default_factory=dict)
+    registers: dict[str, Registers] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """All fields and the verdict, as JSON text."""
@@ -116,6 +124,9 @@ class CompileReport:
         if self.memory:
             for name, size in dataclasses.asdict(self.memory).items():
                 rows.append((f"{name} a device", f"{size / GIB:.3f} GiB"))
+        if self.predicted:
+            rows.append(("peak a device (ours)", f"{self.predicted['peak'] / GIB:.3f} GiB"))
+        rows.append(("state a device (ours)", f"{self.state_bytes / GIB:.3f} GiB"))
         if self.xla_flops is not None:
             rows.append(("FLOPs a device (XLA)", f"{self.xla_flops:.3e}"))
         if self.ledger_flops is not None:
@@ -123,7 +134,24 @@ class CompileReport:
         for kind, t in self.collectives.items():
             rows.append((kind, f"{t.sites} places, {t.runs} runs, {t.bytes / GIB:.3f} GiB a step"))
         for name, count in self.kernels.items():
-            rows.append((f"kernel {name}", f"{count} places"))
+            rows.append((f"kernel {name}", f"{count} places{self._scheduled(name)}"))
+        rows += self._spilled()
         how = "optimised, no machine code, in" if self.stopped else "compiled in"
         rows.append((how, f"{self.seconds:.1f} s"))
         return rows
+
+    def _scheduled(self, kernel: str) -> str:
+        if (found := self.schedules.get(kernel)) is None:
+            return ""
+        return (
+            f"; busiest stretch {found.bundles} of {found.total} bundles, matrix units {found.matrix:.0%} full, "
+            f"{found.spills} spills, {found.fills} fills"
+        )
+
+    def _spilled(self) -> list[tuple[str, str]]:
+        if not self.registers:
+            return []
+        bad = {n: r for n, r in self.registers.items() if r.spill_stores or r.spill_loads}
+        worst = sorted(bad.items(), key=lambda item: -item[1].spill_stores)[:5]
+        said = ", ".join(f"{name} {r.spill_stores} B" for name, r in worst)
+        return [("kernels that spill", f"{len(bad)} of {len(self.registers)} {said}")]

@@ -48,15 +48,20 @@ CHIPS: Mapping[str, Chip] = {
     "v5p": _chip(459e12, 2.77e12, 1.2e12, 3, multipliers=8 * 128**2),
     "v6e": _chip(918e12, 1.64e12, 0.8e12, 2, multipliers=4 * 256**2),
     "tpu7x": _chip(2307e12, 7.38e12, 1.2e12, 3, devices=2),
+    "h100": _chip(989e12, 3.35e12, 0.9e12, 1),
 }
-"""By generation, from the pages of Google's Cloud TPU documentation."""
+"""By generation, from the pages of Google's Cloud TPU documentation and NVIDIA's data sheet (SXM, dense)."""
+
+BETWEEN_NODES = 50e9
+"""Bytes a second that a GPU sends to other nodes: a network card of 400 Gbit/s for each."""
 
 ASSUMPTIONS = (
     "model, not measured: the longest of three bounds, if they overlap fully; their sum, if not at all. Compute: our "
     "FLOPs (executed at most, no recomputation; without such a count those of the compiled products) at the chip's "
     "bfloat16 peak. Memory: arguments and outputs once, "
     "temporaries twice, at the peak of its memory. Interconnect: what ring algorithms send for each collective, along "
-    "one dimension of the torus, at its links' peak; no latency."
+    "one dimension of the torus (GPUs: through NVLink, or one network card of 400 Gbit/s a GPU between nodes), at its "
+    "links' peak; no latency."
 )
 
 
@@ -100,7 +105,11 @@ class Prediction:
 
 def chip_of(topology: str) -> Chip | None:
     """Peaks of the devices of a topology; None where they are not known."""
-    return CHIPS.get(topology.partition(":")[0])
+    name, _, shape = topology.partition(":")
+    chip = CHIPS.get(name)
+    if chip and name == "h100" and "x" in shape:
+        return dataclasses.replace(chip, ring=BETWEEN_NODES)
+    return chip
 
 
 def predict(report: CompileReport) -> Prediction | None:
