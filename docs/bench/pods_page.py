@@ -3,36 +3,42 @@
 import json
 from typing import Any
 
+import memory_model
 import pods
 import scaling
 
 PAGE = pods.HERE.parent / "pods.md"
 FIGURE = pods.HERE.parent / "figures" / "scaling.svg"
 GIB = 2**30
+MARGIN = 1.25
+"""As `dyncomp.parallel.aot` has it."""
+
 HOP_S = 1e-6
 """Seconds of a hop from chip to chip: ours, not published."""
 
 HEAD = """# Pods that are not here
 
-Written by `docs/bench/pods_page.py`. Nothing on this page was run: programs were compiled by the TPU's own compiler,
-with no TPU (jax {jax}, libtpu {libtpu}, {date}). Memory, collectives, kernels and whether a program compiles at all are
-the compiler's word. Times are a **model** (`dyncomp/parallel/roofline.py`): published peaks and nothing that a clock
-has confirmed.
+Written by `docs/bench/pods_page.py`. Nothing on this page was run: programs were optimised by the TPU's own compiler,
+with no TPU (jax {jax}, libtpu {libtpu}, {date}), and left before machine code (`dyncomp compile --no-code`). Memory,
+collectives and kernels are the compiler's word; whether kernels become code was not tried here. Times are a **model**
+(`dyncomp/parallel/roofline.py`): published peaks and nothing that a clock has confirmed.
 
-## Every paper config
+## Paper configs
 
 `python docs/bench/pods.py`: the train step of each config at its paper's global batch and length, on a pod of 256 chips
 where batch and heads can be split that often, else on the slice that the config's head names and a v5p slice of as many
-chips. `mesh` is how the chips are used; without one it is the config's own.
+chips. `mesh` is how the chips are used; without one it is the config's own. {made} of {jobs} such programs are in the
+table; the command makes the others and passes over these.
 
-- GiB: the most that one chip holds, of 16 (v5e) or 95 (v5p); ours: state, by our own count.
+- GiB: all that XLA allocates in one chip's memory, of 16 (v5e) or 95 (v5p); ours: by our own count, where it knows the
+  model (`dyncomp/parallel/memory.py`), else the state alone, with a plus.
 - TFLOP: of one chip and step, executed at most, no recomputation. Of dense: what that is of the same step if every
   expert ran on every token.
-- collectives: places in the program, and GiB of results on one chip a step, by kind: all-**g**ather, all-**r**educe,
-  reduce-**s**catter, all-to-**a**ll, collective-**p**ermute.
+- collectives: places in the program, and GiB of results on one chip a step, by kind: all-gather (g), all-reduce (r),
+  reduce-scatter (s), all-to-all (a), ragged all-to-all (ra), collective-permute (p).
 - kernels: calls of hand-written kernels in the program.
 - binds: what the model says is longest, and that bound in milliseconds.
-- s: tracing and compiling, on two shared cores.
+- s: tracing and optimising, on two cores that others used too.
 """
 SHORT = {
     "all-gather": "g",
@@ -74,15 +80,47 @@ def line(row: dict[str, Any]) -> str:
     cells += [
         "yes" if report["fits"] else "no",
         f"{memory['peak'] / GIB:.2f}",
-        f"{report['state_bytes'] / GIB:.2f}",
+        ours(report),
         "" if report["ledger_flops"] is None else f"{report['ledger_flops'] / 1e12:.3g}",
         f"{report['ledger_flops'] / dense:.3f}" if dense else "",
         traffic(report["collectives"]),
         str(sum(report["kernels"].values())),
         f"{model['binds']} {1e3 * model['overlapped']:.3g}" if model else "",
-        f"{report['seconds']:.0f}",
+        f"{report['seconds']:.0f}" if report["seconds"] else "",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def ours(report: dict[str, Any]) -> str:
+    """Our own count in GiB: of the whole, or of the state and more."""
+    if report["predicted"]:
+        return f"{report['predicted']['peak'] / GIB:.2f}"
+    return f"{report['state_bytes'] / GIB:.2f}+"
+
+
+MEMORY = """
+## Memory by our own count
+
+`python docs/bench/memory_model.py`: language models in bfloat16 with AdamW on v5e chips, parameters split over all of
+them. XLA's figure is all it allocates in a chip's main memory; ours takes seconds of tracing and is shown by
+`dyncomp compile` beside it (*peak a device (ours)*). Programs that it finds {margin:.0%} too large are not compiled.
+
+| case | XLA, MiB | ours, MiB | ours over XLA's |
+| --- | --- | --- | --- |
+"""
+
+
+def memory(found: dict[str, Any]) -> str:
+    """The table of cases, and how many are close."""
+    ratio = lambda row: row["ours"]["peak"] / row["xla"]  # noqa: E731
+    cell = lambda size: f"{size / 2**20:,.0f}"  # noqa: E731
+    lines = [
+        f"| {row['case']} | {cell(row['xla'])} | {cell(row['ours']['peak'])} | {ratio(row):.3f} |"
+        for row in found["rows"]
+    ]
+    close = sum(abs(ratio(row) - 1) <= 0.05 for row in found["rows"])
+    said = f"\n\nWithin 5%: {close} of {len(lines)}.\n"
+    return MEMORY.format(margin=MARGIN - 1) + "\n".join(lines) + said
 
 
 def traffic(found: dict[str, Any]) -> str:
@@ -192,10 +230,21 @@ def draw(found: dict[str, Any]) -> None:
 def page() -> str:
     """The whole page."""
     found = pods.load()
-    text = HEAD.format(**found["versions"], date=found["date"]) + "\n" + paper(found) + "\n"
+    jobs = pods.jobs()
+    about = {
+        **found["versions"],
+        "date": found["date"],
+        "made": len(found["rows"]),
+        "jobs": len(jobs),
+    }
+    text = HEAD.format(**about) + "\n" + paper(found) + "\n"
+    text += memory(json.loads(memory_model.ROWS.read_text()))
+    if not scaling.ROWS.is_file():
+        return text
     return text + scaled(json.loads(scaling.ROWS.read_text()))
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    draw(json.loads(scaling.ROWS.read_text()))
+    if scaling.ROWS.is_file():
+        draw(json.loads(scaling.ROWS.read_text()))

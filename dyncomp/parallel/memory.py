@@ -186,8 +186,8 @@ def _choices(unit: MoE) -> int:
     rows = jax.ShapeDtypeStruct((8, 16), jnp.float32)
     router = unit._router(parent=None)
     keys = {name: jax.random.key(0) for name in ("params", "router")}
-    plan, *_ = jax.eval_shape(lambda x: router.init_with_output(keys, x)[0], rows)
-    return plan.experts.shape[-1]
+    slots = lambda x: router.init_with_output(keys, x)[0][0].experts
+    return jax.eval_shape(slots, rows).shape[-1]
 
 
 def kept_bytes(program: Any, mesh: Mesh, rules: Mapping[str, Any], model: Any) -> int:

@@ -34,7 +34,7 @@ def make_run(unit=None, remat="full", **fields) -> Run:
 
 
 def count(run: Run, **mesh):
-    job = prepare(run, Ask("cpu:4", MeshSpec(data=-1, **mesh)))
+    job = prepare(run, Ask("cpu:4", MeshSpec(**mesh)))
     return predict_memory(run.model, job.made, job.mesh, job.rules, held_of(job))
 
 

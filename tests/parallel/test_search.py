@@ -17,7 +17,7 @@ from dyncomp.parallel import MeshSpec, hlo, search
 from dyncomp.parallel.aot import state_bytes
 from dyncomp.parallel.ops import Work
 from dyncomp.parallel.report import CompileReport, Memory
-from dyncomp.parallel.roofline import Share, predict, said, shares
+from dyncomp.parallel.roofline import predict, said, shares
 from dyncomp.parallel.rules import make_rules
 from dyncomp.parallel.search import candidates, meshes, ranked, within
 from dyncomp.parallel.topology import find
@@ -79,7 +79,8 @@ def test_time_by_kind_is_the_longer_of_multiplying_and_moving():
     }
     found = shares(dataclasses.replace(report(sent=int(3e8)), work=work))
     assert list(found) == ["move", "all-gather", "product"]
-    assert found["move"] == Share(pytest.approx(5e-3), "memory", None)
+    assert found["move"].seconds == pytest.approx(5e-3)
+    assert (found["move"].binds, found["move"].compiler) == ("memory", None)
     assert found["product"].seconds == pytest.approx(1e-3)
     # 4 units of 128 x 128 at 197 TFLOP/s: 1.503 GHz
     assert found["product"].compiler == pytest.approx(1e-3, rel=1e-3)
@@ -155,9 +156,10 @@ def test_candidates_hold_their_part_of_the_state():
 
 def test_a_search_stops_after_its_minutes_and_says_what_is_left(monkeypatch):
     tried = []
-    monkeypatch.setattr(search, "compile_run", lambda run, topology, spec: tried.append(spec))
+    compiled = lambda run, topology, spec: tried.append(spec) or report()
+    monkeypatch.setattr(search, "compile_run", compiled)
     specs = [MeshSpec(data=4), MeshSpec(fsdp=2), MeshSpec(fsdp=4)]
-    made, left = within(None, "cpu:4", specs, minutes=0)
+    made, left = within(None, "cpu:4", specs, minutes=0.0)
     assert (len(made), left, tried) == (1, 2, specs[:1])
     made, left = within(None, "cpu:4", specs, minutes=None)
     assert (len(made), left) == (3, 0)
