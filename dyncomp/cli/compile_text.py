@@ -48,7 +48,8 @@ def _show_shares(report: Any) -> None:
     """Time by kind of operation, and the operations that take longest."""
     from dyncomp.parallel.roofline import KINDS_NOTE, chip_of, seconds, shares
 
-    if not (found := shares(report)):
+    found, chip = shares(report), chip_of(report.topology)
+    if not found or chip is None:
         return
     ms = lambda value: None if value is None else f"{1e3 * value:.3g}"
     rows = []
@@ -59,7 +60,6 @@ def _show_shares(report: Any) -> None:
         )
     head = ("kind", "places", "runs", "ms, model", "bound", "ms, compiler")
     table("Time by kind (model)", head, rows, KINDS_NOTE)
-    chip = chip_of(report.topology)
     rows = [
         (op.name, op.kind, op.work.runs, ms(seconds(op.work, chip)), op.source[-60:])
         for op in report.heaviest
