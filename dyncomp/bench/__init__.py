@@ -21,6 +21,7 @@ BENCHES = {
     "memory": "XLA's figure for a train step of 1 GiB and more against what the process really takes",
     "kills": "a run killed a hundred times ends with the bits of an uninterrupted one",
     "faults": "a job of four processes that loses one ends with one line and goes on to the same bits",
+    "meshes": "training on every mesh of eight devices, in one to four processes, against one device",
     "exits": "the exit executor against the full network",
     "experts": "the mixture of experts against the dense unit of equal active width",
     "generate": "decoding a language model against transformers and the memory's speed, and what skipping layers saves",
@@ -65,7 +66,7 @@ def show(result: dict[str, Any]) -> None:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_text, value)) + "]"
     return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

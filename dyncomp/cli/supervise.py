@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from dyncomp.cli.job import STREAMS, Place
+from dyncomp.core.loopback import free_address
 from dyncomp.core.workdir import newest_step
 
 POLL_SECONDS = 0.1
@@ -65,9 +66,7 @@ class Child:
 
 def spawned(count: int) -> list[Place]:
     """Places of ``count`` processes on this host."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     return [Place(address, count, index, index) for index in range(count)]
 
 
