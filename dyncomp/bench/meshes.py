@@ -26,6 +26,11 @@ RESUMED = {
 }
 """(processes, devices of each) of each part of a run."""
 ENDS = (17, 34, STEPS)
+EASY = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+"""What is compared is mathematics, so the compiler need not work hard."""
 EXACT, CLOSE = 1e-8, 1e-5
 SAID = {
     "float64": "largest difference of a loss from one device's over 50 steps, all meshes, float64",
@@ -58,11 +63,10 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 
 def _job(name: str, words: Mapping[str, Any], dtype: str, processes: int, devices: int) -> Any:
     print(f"{name}: {dtype}, {processes} x {devices} devices", file=sys.stderr)
-    # What is compared is mathematics, so the compiler need not work hard.
-    easy = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {easy}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {EASY}",
         "JAX_PLATFORMS": "cpu",
+        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
         "JAX_ENABLE_X64": str(int(dtype == "float64")),
     }
     target = f"dyncomp.bench.mesh_job:{name}"
