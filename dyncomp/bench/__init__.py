@@ -32,8 +32,13 @@ BENCHES = {
 COLUMNS = ("id", "ratio", "interval", "goal", "relation", "holds")
 
 
-def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
+def measure(name: str, *, quick: bool = False, **options: Any) -> dict[str, Any]:
     """Runs a bench under the machine's lock (a quick one measures nothing, so it need not wait for its turn).
+
+    Args:
+      name: of `BENCHES`.
+      quick: a smoke run.
+      **options: of the bench's ``rows``.
 
     Raises:
       DyncompError: there is no such bench, or something else is being measured.
@@ -44,7 +49,7 @@ def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
         raise DyncompError(f"no bench {name!r}: {hint}")
     module = importlib.import_module(f"{__name__}.{name}")
     with contextlib.nullcontext() if quick else measuring(f"bench {name}"):
-        rows = module.rows(quick)
+        rows = module.rows(quick, **options)
     return {"bench": name, "quick": quick, "environment": environment(), "rows": rows}
 
 
@@ -86,10 +91,14 @@ def main(name: str, argv: Sequence[str] = (), json: bool = False) -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke run, never evidence")
     if name == "experts":
         _add_doctor(parser)
+    if name == "meshes":
+        kept = "keep what is found there, and go on from what an earlier call left"
+        parser.add_argument("--workdir", type=Path, metavar="DIR", help=kept)
     args = parser.parse_args(list(argv))
     if name == "experts" and args.doctor:
         return _doctor(args, json)
-    result = measure(name, quick=args.quick)
+    options = {"workdir": args.workdir} if name == "meshes" else {}
+    result = measure(name, quick=args.quick, **options)
     if json:
         jsonlib.dump(result, sys.stdout, indent=1)
         print()

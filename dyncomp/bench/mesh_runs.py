@@ -27,7 +27,7 @@ from dyncomp.training.optimizers import Optimizer
 KINDS = ("dense", "moe", "exits")
 DEVICES, STEPS, BATCH, CONTEXT, EXAMPLES = 8, 50, 8, 8, 128
 D, HIDDEN, HEADS, DEPTH = 32, 32, 8, 2
-EXPERTS, P, MAX_P = 8, 0.3, 0.3
+EXPERTS, P, MAX_P = 8, 0.2, 0.2
 SHIPPED = {
     "dense": ("harder_tasks_more_experts", "dense"),
     "moe": ("harder_tasks_more_experts", "top_p"),

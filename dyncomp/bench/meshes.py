@@ -6,6 +6,8 @@ and gradients are (experts chosen as on one device), and later losses stay withi
 example is read once an epoch. Runs saved on some devices go on on others.
 """
 
+import contextlib
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,8 +20,11 @@ from dyncomp.bench import fresh, timing
 from dyncomp.bench.mesh_job import once_an_epoch
 from dyncomp.bench.mesh_runs import DEVICES, KINDS, STEPS
 
-LAYOUTS = (1, 2, 4)
-"""Processes that share the devices."""
+CURVES = (
+    *(("float64", 1), ("float32", 1), ("float64", 2)),
+    *(("float64", 4), ("float32", 2), ("float32", 4)),
+)
+"""(dtype, processes that share the devices)."""
 RESUMED = {
     "devices_8_4_2": ((1, 8), (1, 4), (1, 2)),
     "processes_4_2_4": ((4, 2), (2, 2), (4, 2)),
@@ -44,24 +49,36 @@ SAID = {
 Losses = Sequence[float]
 
 
-def rows(quick: bool) -> list[dict[str, Any]]:
-    """A row a model, layout and rule, the worst of its meshes; ``quick``: float64, one process, one mesh a model."""
-    with tempfile.TemporaryDirectory() as folder:
-        found, alone = {}, {}
-        dtypes, layouts = (("float64",), (1,)) if quick else (("float64", "float32"), LAYOUTS)
-        for dtype in dtypes:
-            for count in layouts:
-                words = {"folder": folder, "dtype": dtype, "quick": quick}
-                found[dtype, count] = _job("curves", words, dtype, count, DEVICES // count)
-            first = found[dtype, 1]
-            alone[dtype] = {kind: list(first[kind]["alone"].values()) for kind in KINDS}
-        made = [row for key, job in found.items() for row in _curve_rows(*key, job, alone)]
-        if not quick:
-            made += _resumed_rows(Path(folder), alone)
-    return made
+def rows(quick: bool, workdir: Path | None = None) -> list[dict[str, Any]]:
+    """A row a model, layout and rule, the worst of its meshes; ``quick``: float64, one process, one mesh a model.
+
+    Args:
+      workdir: keeps what each job found; jobs that are found there are not run again (the whole takes an hour).
+    """
+    with contextlib.ExitStack() as stack:
+        folder = workdir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs: dict[tuple[str, int], Any] = {}
+        for dtype, count in [("float64", 1)] if quick else CURVES:
+            # Float32 in several processes on one mesh a model: the program is that of one process.
+            few = quick or (dtype == "float32" and count > 1)
+            words = {"folder": str(folder), "dtype": dtype, "quick": few}
+            jobs[dtype, count] = _job("curves", words, folder, count, DEVICES // count)
+        alone = {
+            dtype: {kind: list(job[kind]["alone"].values()) for kind in KINDS}
+            for (dtype, count), job in jobs.items()
+            if count == 1
+        }
+        made = [row for key, job in jobs.items() for row in _curve_rows(*key, job, alone)]
+        return made if quick else [*made, *_resumed_rows(folder, alone)]
 
 
-def _job(name: str, words: Mapping[str, Any], dtype: str, processes: int, devices: int) -> Any:
+def _job(name: str, words: Mapping[str, Any], folder: Path, processes: int, devices: int) -> Any:
+    """What a job returns, or has returned before."""
+    dtype, until = words["dtype"], f"-{words['stop']}" if "stop" in words else ""
+    kept = folder / f"{name}-{dtype}-{processes}x{devices}{until}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     print(f"{name}: {dtype}, {processes} x {devices} devices", file=sys.stderr)
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {EASY}",
@@ -70,7 +87,9 @@ def _job(name: str, words: Mapping[str, Any], dtype: str, processes: int, device
         "JAX_ENABLE_X64": str(int(dtype == "float64")),
     }
     target = f"dyncomp.bench.mesh_job:{name}"
-    return fresh.together(target, words, processes=processes, environment=environment)
+    found = fresh.together(target, words, processes=processes, environment=environment)
+    kept.write_text(json.dumps(found))
+    return found
 
 
 def apart(losses: Losses, one: Losses) -> float:
@@ -113,7 +132,7 @@ def _resumed_rows(folder: Path, alone: Any) -> list[dict[str, Any]]:
     for name, layouts in RESUMED.items():
         for dtype in ("float64", "float32"):
             own = folder / f"{name}_{dtype}"
-            own.mkdir()
+            own.mkdir(exist_ok=True)
             made += _resumed(own, name, layouts, dtype, alone[dtype])
     return made
 
@@ -125,7 +144,7 @@ def _resumed(
     parts, start = [], 0
     for (processes, devices), stop in zip(layouts, ENDS, strict=True):
         words = {"folder": str(folder), "dtype": dtype, "start": start, "stop": stop}
-        parts.append(_job("part", words, dtype, processes, devices))
+        parts.append(_job("part", words, folder, processes, devices))
         start = stop
     losses = {kind: parts[-1][kind]["losses"] for kind in KINDS}
     if dtype == "float64":
