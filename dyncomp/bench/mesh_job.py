@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from dyncomp.bench.mesh_runs import BATCH, EXAMPLES, KINDS, STEPS
 from dyncomp.core.dtypes import FloatName
 from dyncomp.core.plans import RoutePlan
 from dyncomp.core.typing import Array
-from dyncomp.parallel import MeshSpec, processes
+from dyncomp.parallel import MeshSpec
+from dyncomp.parallel import processes as job
 from dyncomp.parallel.shardings import replicated
 from dyncomp.tasks.loader import Loader
 from dyncomp.training import Run
@@ -23,6 +25,7 @@ from dyncomp.training.state import TrainState, paths
 from dyncomp.training.step import forward
 
 SEEDS = (0, 1, 2)
+PLAN, FOUND = "plan", "found.json"
 PARTS = {
     8: {"moe": {"fsdp": 2, "tensor": 2, "expert": 2}, "": {"data": 2, "fsdp": 2, "tensor": 2}},
     4: {"moe": {"data": 2, "expert": 2}, "": {"fsdp": 2, "tensor": 2}},
@@ -52,36 +55,52 @@ def curves(
     """Every kind on every mesh of all devices; one process of the job first trains on one of its devices alone.
 
     Returns:
-      Kind -> ``alone`` (one process only): losses by seed; ``meshes``: name -> ``losses``, ``gradients`` (largest
+      Kind -> ``alone``: losses by seed; ``meshes``: name -> ``losses``, ``gradients`` (largest
       difference of an element as a share of its parameter's largest), ``epochs`` (each example once an epoch).
     """
     _join(coordinator, processes, process)
-    found: dict[str, Any] = {}
-    for kind in KINDS:
-        here: dict[str, Any] = {}
-        kept = Path(folder) / f"{kind}-{dtype}.npz"
-        if processes == 1:
-            here["alone"] = _alone(kind, dtype, kept)
-        with np.load(kept) as file:
-            reference = {name: file[name] for name in file.files}
-        plan = reference.pop("", None)
-        here["meshes"] = {}
-        for name, spec in mesh_runs.shapes(kind, quick).items():
-            own = Path(folder) / f"{processes}-{dtype}-{kind}-{name.replace(' ', '-')}"
-            own.mkdir(exist_ok=True)
-            run = mesh_runs.make_run(kind, dtype, folder=str(own), mesh=spec)
-            here["meshes"][name] = _compared(train_on(run, plan), reference)
-        found[kind] = here
+    return {kind: _curves(kind, dtype, Path(folder), quick) for kind in KINDS}
+
+
+def _curves(kind: str, dtype: FloatName, folder: Path, quick: bool) -> dict[str, Any]:
+    one = folder / f"{kind}-{dtype}"
+    if jax.process_count() == 1:
+        _once(one, _alone, kind, dtype, one)
+    with np.load(one / "first.npz") as file:
+        reference = {name: file[name] for name in file.files}
+    plan, found = reference.pop(PLAN, None), {}
+    for name, spec in mesh_runs.shapes(kind, quick).items():
+        own = folder / "-".join([kind, dtype, str(jax.process_count()), *name.split()])
+        run = mesh_runs.make_run(kind, dtype, folder=str(own), mesh=spec)
+        found[name] = _once(own, _compared, run, plan, reference)
+    return {"alone": json.loads((one / FOUND).read_text()), "meshes": found}
+
+
+def _once(folder: Path, find: Callable[..., Any], *args: Any) -> Any:
+    """What ``find`` returns, JSON-ready; where an earlier job left it in ``folder``, that."""
+    kept = folder / FOUND
+    if kept.exists():
+        return json.loads(kept.read_text())
+    folder.mkdir(exist_ok=True)
+    (folder / _trace()).unlink(missing_ok=True)  # of a job that did not end
+    found = find(*args)
+    if job.lead():
+        kept.write_text(json.dumps(found))
     return found
+
+
+def _trace() -> str:
+    """The file in which `mesh_runs.Excerpt` notes what this process reads."""
+    return f"read.{jax.process_index()}.jsonl"
 
 
 def _join(coordinator: str, count: int, process: int) -> None:
     if count > 1:
-        processes.join(coordinator, count, process)
+        job.join(coordinator, count, process)
 
 
-def _alone(kind: str, dtype: FloatName, kept: Path) -> dict[str, list[float]]:
-    """Losses of one device by seed; gradients and the first plan go into a file (the plan without a name)."""
+def _alone(kind: str, dtype: FloatName, folder: Path) -> dict[str, list[float]]:
+    """Losses of one device by seed; gradients and the plan of the first step go into a file."""
     losses = {}
     for seed in SEEDS if dtype == "float32" else SEEDS[:1]:
         run = mesh_runs.make_run(kind, dtype, folder="", seed=seed)
@@ -89,7 +108,8 @@ def _alone(kind: str, dtype: FloatName, kept: Path) -> dict[str, list[float]]:
         seen = train_on(run, plan)
         losses[str(seed)] = seen.losses
         if seed == SEEDS[0]:
-            np.savez(kept, **seen.gradients, **({} if plan is None else {"": plan}))
+            arrays: dict[str, Any] = {**seen.gradients, **({} if plan is None else {PLAN: plan})}
+            np.savez(folder / "first.npz", **arrays)
     return losses
 
 
@@ -126,6 +146,7 @@ def train_on(run: Run, plan: np.ndarray | None) -> Seen:
         whole = replicated(engine.mesh)
         fetched = jax.device_get(jax.jit(lambda x: x, out_shardings=whole)(state.opt_state.first))
     gradients = dict(zip(paths(fetched), jax.tree.leaves(fetched), strict=True))
+    assert isinstance(run.task, mesh_runs.Excerpt)
     return Seen(losses, gradients, _examples(Path(run.task.folder), engine.rows, STEPS))
 
 
@@ -153,7 +174,7 @@ def _examples(
     """
     if not folder.name:
         return np.zeros((0, BATCH), np.int32)
-    trace = folder / f"read.{jax.process_index()}.jsonl"
+    trace = folder / _trace()
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     if again is not None:
         lines.remove(again)
@@ -161,7 +182,7 @@ def _examples(
     own = np.full((steps, BATCH), -1, np.int32)
     if len(lines) == steps:
         own[:, rows] = lines
-    parts = processes.gather(own)
+    parts = job.gather(own)
     agreed = np.max(parts, axis=0)
     return np.where(np.any((parts >= 0) & (parts != agreed), axis=0), -1, agreed)
 
@@ -174,7 +195,11 @@ def once_an_epoch(examples: np.ndarray) -> bool:
     return whole and len(set(epochs[-1])) == len(epochs[-1]) and bool(np.all(flat >= 0))
 
 
-def _compared(seen: Seen, reference: dict[str, np.ndarray]) -> dict[str, Any]:
+def _compared(
+    run: Run, plan: np.ndarray | None, reference: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """What `train_on` saw, held against one device's first gradients."""
+    seen = train_on(run, plan)
     assert seen.gradients.keys() == reference.keys()
     apart = {
         path: float(np.max(np.abs(seen.gradients[path] - one)) / (np.max(np.abs(one)) or 1.0))
@@ -209,7 +234,8 @@ def part(
         own = Path(folder) / f"resumed-{kind}"
         own.mkdir(exist_ok=True)
         sizes = PARTS[jax.device_count()].get(kind) or PARTS[jax.device_count()][""]
-        words: dict[str, Any] = {"mesh": MeshSpec(**{"data": 1, **sizes}), "steps": stop}
+        mesh = MeshSpec(**{"data": 1, **sizes}, rules=None)
+        words: dict[str, Any] = {"mesh": mesh, "steps": stop}
         run = mesh_runs.make_run(kind, dtype, folder=str(own), final_eval_batches=1, **words)
         train(run, own / "run", progress=False)
         lines = map(json.loads, (own / "run" / "metrics.jsonl").read_text().splitlines())

@@ -47,13 +47,14 @@ def make_run(kind: str, dtype: FloatName, *, folder: str = "", seed: int = 0, **
     slug, member = SHIPPED[kind]
     shipped = config.load(slug).runs[member]
     task = tasks.Digits() if kind == "exits" else tasks.CodeLM(context=CONTEXT, max_bytes=100_000)
+    words: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH, "log_every": 1, "capture": False}
     return Run(
         model=_model(kind, DTypes(param=dtype, compute=dtype, accum=dtype)),
         task=Excerpt(task, folder),
         objective=shipped.objective,
         optimizer=Recorded(shipped.optimizer),
         seed=seed,
-        **{"steps": STEPS, "batch_size": BATCH, "log_every": 1, "capture": False, **fields},
+        **{**words, **fields},
     )
 
 
@@ -87,7 +88,7 @@ def shapes(kind: str, quick: bool) -> dict[str, MeshSpec]:
     found = {}
     for sizes in meshes(DEVICES, BATCH, experts=kind == "moe"):
         name = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
-        found[name] = MeshSpec(**sizes)
+        found[name] = MeshSpec(**sizes, rules=None)
         if kind != "exits" and sizes["tensor"] * sizes["data"] == DEVICES > sizes["data"]:
             found[f"{name} seq"] = MeshSpec(**sizes, rules=SEQUENCE)
     mixed = next(name for name in found if name.count("=") == 3)
@@ -142,11 +143,10 @@ class Recorded:
             jnp.int32(0), jax.tree.map(jnp.zeros_like, params), tx.init(params)
         )
 
-        def update(grads: Any, state: Kept, params: Any = None) -> tuple[Any, Kept]:
-            updates, inner = tx.update(grads, state.inner, params)
-            first = jax.tree.map(
-                lambda old, new: jnp.where(state.steps == 0, new, old), state.first, grads
-            )
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            pick = lambda old, new: jnp.where(state.steps == 0, new, old)
+            first = jax.tree.map(pick, state.first, updates)
+            updates, inner = tx.update(updates, state.inner, params)
             return updates, Kept(state.steps + 1, first, inner)
 
         return optax.GradientTransformation(init, update)

@@ -225,12 +225,12 @@ def _mesh_row(name: str, quick: bool) -> dict[str, Any]:
     found = fresh.call(f"{__name__}:mesh_pairs", words, environment=one)
     same = "the same" if found["same"] else "not the same"
     reference = f"seconds of {found['steps']} steps on a mesh of one device / without a mesh"
-    goal: dict[str, Any] = {"goal": MESH_GOAL, "relation": "<="}
-    more = {"peer": "the step without a mesh", "same_program": found["same"]}
+    more: dict[str, Any] = {"goal": MESH_GOAL, "relation": "<="}
+    more |= {"peer": "the step without a mesh", "same_program": found["same"]}
     more |= {"instructions": found["instructions"]}
     reference += f"; the compiled programs are {same}"
     pairs = timing.Pairs(**found["pairs"])
-    return timing.row_of_pairs(f"overhead/{name}", pairs, reference=reference, **goal, **more)
+    return timing.row_of_pairs(f"overhead/{name}", pairs, reference=reference, **more)
 
 
 def mesh_pairs(experts: bool, quick: bool) -> dict[str, Any]:
