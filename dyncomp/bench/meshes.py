@@ -20,16 +20,13 @@ from dyncomp.bench import fresh, timing
 from dyncomp.bench.mesh_job import once_an_epoch
 from dyncomp.bench.mesh_runs import DEVICES, KINDS, STEPS
 
-CURVES = (
-    *(("float64", 1), ("float32", 1), ("float64", 2)),
-    *(("float64", 4), ("float32", 2), ("float32", 4)),
-)
-"""(dtype, processes that share the devices)."""
+LAYOUTS = (1, 2, 4)
+"""Processes that share the devices. Several take one mesh a model: its program is that of one process."""
 RESUMED = {
     "devices_8_4_2": ((1, 8), (1, 4), (1, 2)),
     "processes_4_2_4": ((4, 2), (2, 2), (4, 2)),
 }
-"""(processes, devices of each) of each part of a run."""
+"""(processes, devices of each) of each part of a run; the second in float64 alone."""
 ENDS = (17, 34, STEPS)
 EASY = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
@@ -58,25 +55,24 @@ def rows(quick: bool, workdir: Path | None = None) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         folder = workdir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        jobs: dict[tuple[str, int], Any] = {}
-        for dtype, count in [("float64", 1)] if quick else CURVES:
-            # Float32 in several processes on one mesh a model: the program is that of one process.
-            few = quick or (dtype == "float32" and count > 1)
-            words = {"folder": str(folder), "dtype": dtype, "quick": few}
-            jobs[dtype, count] = _job("curves", words, folder, count, DEVICES // count)
-        alone = {
-            dtype: {kind: list(job[kind]["alone"].values()) for kind in KINDS}
-            for (dtype, count), job in jobs.items()
-            if count == 1
-        }
-        made = [row for key, job in jobs.items() for row in _curve_rows(*key, job, alone)]
-        return made if quick else [*made, *_resumed_rows(folder, alone)]
+        made = []
+        for dtype in ("float64", *["float32"][quick:]):
+            jobs = {}
+            for count in LAYOUTS[:1] if quick else LAYOUTS:
+                words = {"folder": str(folder), "dtype": dtype, "quick": quick or count > 1}
+                jobs[count] = _job("curves", words, folder, count, DEVICES // count)
+            alone = {kind: list(jobs[1][kind]["alone"].values()) for kind in KINDS}
+            for count, job in jobs.items():
+                made += _curve_rows(dtype, count, job, alone)
+            for name in [] if quick else list(RESUMED)[: 2 if dtype == "float64" else 1]:
+                made += _resumed(folder / f"{name}_{dtype}", name, dtype, alone)
+        return made
 
 
 def _job(name: str, words: Mapping[str, Any], folder: Path, processes: int, devices: int) -> Any:
     """What a job returns, or has returned before."""
-    dtype, until = words["dtype"], f"-{words['stop']}" if "stop" in words else ""
-    kept = folder / f"{name}-{dtype}-{processes}x{devices}{until}.json"
+    dtype, part = words["dtype"], f"-{words['stop']}" if "stop" in words else ""
+    kept = folder / f"{name}-{dtype}-{processes}x{devices}{part}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     print(f"{name}: {dtype}, {processes} x {devices} devices", file=sys.stderr)
@@ -111,7 +107,7 @@ def _curve_rows(dtype: str, count: int, job: Any, alone: Any) -> list[dict[str, 
     made = []
     where = f"{count}x{DEVICES // count}"
     for kind in KINDS:
-        meshes, seeds = job[kind]["meshes"], alone[dtype][kind]
+        meshes, seeds = job[kind]["meshes"], alone[kind]
         losses = {name: mesh["losses"] for name, mesh in meshes.items()}
         if dtype == "float64":
             each = {name: apart(curve, seeds[0]) for name, curve in losses.items()}
@@ -127,22 +123,11 @@ def _curve_rows(dtype: str, count: int, job: Any, alone: Any) -> list[dict[str, 
     return [*made, _share(f"epochs/{dtype}/{where}", once)]
 
 
-def _resumed_rows(folder: Path, alone: Any) -> list[dict[str, Any]]:
-    made = []
-    for name, layouts in RESUMED.items():
-        for dtype in ("float64", "float32"):
-            own = folder / f"{name}_{dtype}"
-            own.mkdir(exist_ok=True)
-            made += _resumed(own, name, layouts, dtype, alone[dtype])
-    return made
-
-
-def _resumed(
-    folder: Path, name: str, layouts: Sequence[tuple[int, int]], dtype: str, alone: Any
-) -> list[dict[str, Any]]:
-    """A run in parts, each on what ``layouts`` says."""
+def _resumed(folder: Path, name: str, dtype: str, alone: Any) -> list[dict[str, Any]]:
+    """A run in parts, each on what `RESUMED` says."""
     parts, start = [], 0
-    for (processes, devices), stop in zip(layouts, ENDS, strict=True):
+    folder.mkdir(exist_ok=True)
+    for (processes, devices), stop in zip(RESUMED[name], ENDS, strict=True):
         words = {"folder": str(folder), "dtype": dtype, "start": start, "stop": stop}
         parts.append(_job("part", words, folder, processes, devices))
         start = stop
