@@ -56,7 +56,7 @@ def rows(quick: bool, workdir: Path | None = None) -> list[dict[str, Any]]:
         folder = workdir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         made = []
-        for dtype in ("float64", *["float32"][quick:]):
+        for dtype in ("float64",) if quick else ("float64", "float32"):
             jobs = {}
             for count in LAYOUTS[:1] if quick else LAYOUTS:
                 words = {"folder": str(folder), "dtype": dtype, "quick": quick or count > 1}

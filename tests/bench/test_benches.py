@@ -41,6 +41,7 @@ def test_quick_rows_keep_the_format(name, capsys):
     assert result["rows"]
     if name == "overhead":  # every stretch but the first was timed
         assert [row["runs"] for row in result["rows"]] == [overhead.QUICK.pairs] * 3
+        assert result["rows"][1]["same_program"] and result["rows"][1]["instructions"] > 1000
     for row in result["rows"]:
         assert [key for key in COMMON if key not in row] == []
         assert row["id"].startswith(f"{name}/") and row["runs"] >= 1
