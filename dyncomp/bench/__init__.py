@@ -94,10 +94,13 @@ def main(name: str, argv: Sequence[str] = (), json: bool = False) -> int:
     if name == "meshes":
         kept = "keep what is found there, and go on from what an earlier call left"
         parser.add_argument("--workdir", type=Path, metavar="DIR", help=kept)
+        words: dict[str, Any] = {"nargs": "+", "choices": ("float64", "float32")}
+        parser.add_argument("--dtypes", **words, help="of the runs (default: both)")
     args = parser.parse_args(list(argv))
     if name == "experts" and args.doctor:
         return _doctor(args, json)
     options = {"workdir": args.workdir} if name == "meshes" else {}
+    options |= {"dtypes": args.dtypes} if getattr(args, "dtypes", None) else {}
     result = measure(name, quick=args.quick, **options)
     if json:
         jsonlib.dump(result, sys.stdout, indent=1)

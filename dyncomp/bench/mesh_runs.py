@@ -84,12 +84,17 @@ def _router() -> Any:
 
 
 def shapes(kind: str, quick: bool) -> dict[str, MeshSpec]:
-    """Name -> every mesh of `DEVICES` devices that the model divides; with ``quick`` one of three axes."""
-    found = {}
-    for sizes in meshes(DEVICES, BATCH, experts=kind == "moe"):
+    """Name -> every mesh of `DEVICES` devices; with ``quick`` one of three axes.
+
+    Experts are split on each (expert parallel); where they are not, a mesh does to them what it does to a dense unit.
+    """
+    found, experts = {}, kind == "moe"
+    for sizes in meshes(DEVICES, BATCH, experts):
+        if experts and sizes["expert"] == 1:
+            continue
         name = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
         found[name] = MeshSpec(**sizes, rules=None)
-        if kind != "exits" and sizes["tensor"] * sizes["data"] == DEVICES > sizes["data"]:
+        if kind == "dense" and sizes["tensor"] * sizes["data"] == DEVICES > sizes["data"]:
             found[f"{name} seq"] = MeshSpec(**sizes, rules=SEQUENCE)
     mixed = next(name for name in found if name.count("=") == 3)
     return {mixed: found[mixed]} if quick else found

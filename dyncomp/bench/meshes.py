@@ -27,6 +27,7 @@ RESUMED = {
     "processes_4_2_4": ((4, 2), (2, 2), (4, 2)),
 }
 """(processes, devices of each) of each part of a run; the second in float64 alone."""
+DTYPES = ("float64", "float32")
 ENDS = (17, 34, STEPS)
 EASY = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
@@ -46,17 +47,20 @@ SAID = {
 Losses = Sequence[float]
 
 
-def rows(quick: bool, workdir: Path | None = None) -> list[dict[str, Any]]:
+def rows(
+    quick: bool, workdir: Path | None = None, dtypes: Sequence[str] = DTYPES
+) -> list[dict[str, Any]]:
     """A row a model, layout and rule, the worst of its meshes; ``quick``: float64, one process, one mesh a model.
 
     Args:
       workdir: keeps what each job found; jobs that are found there are not run again (the whole takes an hour).
+      dtypes: of `DTYPES`.
     """
     with contextlib.ExitStack() as stack:
         folder = workdir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         made = []
-        for dtype in ("float64",) if quick else ("float64", "float32"):
+        for dtype in DTYPES[:1] if quick else dtypes:
             jobs = {}
             for count in LAYOUTS[:1] if quick else LAYOUTS:
                 words = {"folder": str(folder), "dtype": dtype, "quick": quick or count > 1}
