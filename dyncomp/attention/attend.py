@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dyncomp.attention.sight import Sight
+from dyncomp.core.dtypes import widened
 from dyncomp.core.typing import Array, Bool, Float, Int
+from dyncomp_kernels._widths import sum_dtype
 from dyncomp_kernels.sparse_attention.running import LOWEST, Running
 
 ROWS, KEYS = 256, 512
@@ -32,8 +34,8 @@ def attend(
 ) -> Float[Array, "b t h p"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with shared key/value heads (Ainslie et al. 2023).
 
-    Head j reads key/value head ``j // (h / g)``. Scores and softmax are float32. A query that may see nothing gets
-    the mean of all values: finite, and never looked at.
+    Head j reads key/value head ``j // (h / g)``. Scores and softmax are float32 or more. A query that may see nothing
+    gets the mean of all values: finite, and never looked at.
     """
     weights = jax.nn.softmax(scores_of(q, k, allowed), axis=-1)
     return weighted(weights, v).reshape(q.shape).astype(q.dtype)
@@ -42,21 +44,22 @@ def attend(
 def scores_of(
     q: Float[Array, "b t h p"], k: Float[Array, "b s g p"], allowed: Bool[Array, "#b t s"] | None
 ) -> Float[Array, "b g r t s"]:
-    """Scaled scores, float32, the lowest number where nothing is allowed; r: query heads of a key/value head."""
+    """Scaled scores, float32 or more, the lowest number where nothing is allowed; r: query heads of a k/v head."""
     b, t, h, p = q.shape
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, p)
-    scores = jnp.einsum("btgrp,bsgp->bgrts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(1.0 / math.sqrt(p))
+    wide = sum_dtype(q.dtype)
+    scores = jnp.einsum("btgrp,bsgp->bgrts", q, k, preferred_element_type=wide)
+    scores = scores * wide.type(1.0 / math.sqrt(p))
     return scores if allowed is None else jnp.where(allowed[:, None, None], scores, LOWEST)
 
 
 def weighted(
     weights: Float[Array, "b g r t s"], v: Float[Array, "b s g p"]
 ) -> Float[Array, "b t g r p"]:
-    """Values summed by float32 weights, which are rounded to the values' dtype first; float32."""
-    weights = weights.astype(v.dtype)
-    return jnp.einsum("bgrts,bsgp->btgrp", weights, v, preferred_element_type=jnp.float32)
+    """Values summed by weights, which are rounded to the values' dtype first; float32 or more."""
+    weights, wide = weights.astype(v.dtype), sum_dtype(v.dtype)
+    return jnp.einsum("bgrts,bsgp->btgrp", weights, v, preferred_element_type=wide)
 
 
 @jax.custom_vjp
@@ -84,8 +87,7 @@ def _dense(q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
 
 
 def _dense_float32(q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
-    wide = lambda x: x.astype(jnp.float32)
-    mixed, pairs = _dense(wide(q), wide(k), wide(v), sight)
+    mixed, pairs = _dense(widened(q), widened(k), widened(v), sight)
     return mixed.astype(q.dtype), pairs
 
 

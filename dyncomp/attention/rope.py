@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dyncomp.core.dtypes import widened
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Float, Int
 
@@ -139,7 +140,7 @@ def rope_angles(
 def rotate(
     x: Float[Array, "b t h p"], angles: Float[Array, "#b t q"], amplitude: float = 1.0
 ) -> Float[Array, "b t h p"]:
-    """Rotates element i with element i + p/2 of each head by ``angles``; float32 inside, returns ``x.dtype``."""
+    """Rotates element i with i + p/2 of each head by ``angles``; float32 or more inside, returns ``x.dtype``."""
     with _at_once(angles):
         cos, sin = jnp.cos(angles), jnp.sin(angles)
     return _turned(x, cos, sin, amplitude)
@@ -165,7 +166,7 @@ def rotate_below(
 
 
 def _turned(x: Array, cos: Array, sin: Array, amplitude: float) -> Array:
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(widened(x), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     if amplitude != 1.0:
         cos, sin = cos * jnp.float32(amplitude), sin * jnp.float32(amplitude)

@@ -21,6 +21,7 @@ BENCHES = {
     "memory": "XLA's figure for a train step of 1 GiB and more against what the process really takes",
     "kills": "a run killed a hundred times ends with the bits of an uninterrupted one",
     "faults": "a job of four processes that loses one ends with one line and goes on to the same bits",
+    "meshes": "training on every mesh of eight devices, in one to four processes, against one device",
     "exits": "the exit executor against the full network",
     "experts": "the mixture of experts against the dense unit of equal active width",
     "generate": "decoding a language model against transformers and the memory's speed, and what skipping layers saves",
@@ -31,8 +32,13 @@ BENCHES = {
 COLUMNS = ("id", "ratio", "interval", "goal", "relation", "holds")
 
 
-def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
+def measure(name: str, *, quick: bool = False, **options: Any) -> dict[str, Any]:
     """Runs a bench under the machine's lock (a quick one measures nothing, so it need not wait for its turn).
+
+    Args:
+      name: of `BENCHES`.
+      quick: a smoke run.
+      **options: of the bench's ``rows``.
 
     Raises:
       DyncompError: there is no such bench, or something else is being measured.
@@ -43,7 +49,7 @@ def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
         raise DyncompError(f"no bench {name!r}: {hint}")
     module = importlib.import_module(f"{__name__}.{name}")
     with contextlib.nullcontext() if quick else measuring(f"bench {name}"):
-        rows = module.rows(quick)
+        rows = module.rows(quick, **options)
     return {"bench": name, "quick": quick, "environment": environment(), "rows": rows}
 
 
@@ -65,7 +71,7 @@ def show(result: dict[str, Any]) -> None:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_text, value)) + "]"
     return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -85,10 +91,17 @@ def main(name: str, argv: Sequence[str] = (), json: bool = False) -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke run, never evidence")
     if name == "experts":
         _add_doctor(parser)
+    if name == "meshes":
+        kept = "keep what is found there, and go on from what an earlier call left"
+        parser.add_argument("--workdir", type=Path, metavar="DIR", help=kept)
+        words: dict[str, Any] = {"nargs": "+", "choices": ("float64", "float32")}
+        parser.add_argument("--dtypes", **words, help="of the runs (default: both)")
     args = parser.parse_args(list(argv))
     if name == "experts" and args.doctor:
         return _doctor(args, json)
-    result = measure(name, quick=args.quick)
+    options = {"workdir": args.workdir} if name == "meshes" else {}
+    options |= {"dtypes": args.dtypes} if getattr(args, "dtypes", None) else {}
+    result = measure(name, quick=args.quick, **options)
     if json:
         jsonlib.dump(result, sys.stdout, indent=1)
         print()

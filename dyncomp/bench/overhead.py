@@ -4,6 +4,9 @@
 inside the times) against the loop of `dyncomp.bench.plain` with the same parameters, batches and optimizer. The plain
 loop takes its turn at every log line.
 
+*mesh_of_one*: the step compiled for a mesh of one device, batches placed on it, against the plain step; and whether the
+two compiled programs are the same, instruction for instruction.
+
 *input*: the compiled step fed by the loader against the same step on one batch that is already there.
 """
 
@@ -19,10 +22,12 @@ import numpy as np
 
 from dyncomp import models
 from dyncomp.attention import Attention
-from dyncomp.bench import plain, timing
+from dyncomp.bench import fresh, plain, timing
 from dyncomp.core.typing import Factory
 from dyncomp.experts import MoE, SwiGLU
 from dyncomp.models.group import Execution
+from dyncomp.parallel import MeshSpec
+from dyncomp.parallel.hlo import anonymous
 from dyncomp.routers import TopP
 from dyncomp.tasks import CodeLM, LMObjective
 from dyncomp.tasks.loader import Loader
@@ -31,7 +36,7 @@ from dyncomp.training.engine import Engine
 from dyncomp.training.loop import Session
 from dyncomp.training.preemption import Terminator
 
-GOAL, INPUT_GOAL = 1.03, 1.05
+GOAL, INPUT_GOAL, MESH_GOAL = 1.03, 1.05, 1.02
 LOSSES = {"balance": 1e-2, "entropy": 1e-4}
 P, MAX_P = 0.4, 0.6
 
@@ -72,7 +77,8 @@ def rows(quick: bool) -> list[dict[str, Any]]:
             _loop_row("train_loop_top_p", scale, top_p_ffn(scale), top_p(scan=False)),
             _loop_row("train_loop_top_p_scan", scale, top_p_ffn(scale), top_p(scan=True)),
         ]
-    return [*found, _input_row(scale)]
+        found.append(_mesh_row("mesh_of_one_top_p", quick))
+    return [*found, _mesh_row("mesh_of_one", quick), _input_row(scale)]
 
 
 def dense_ffn(scale: Scale) -> Factory:
@@ -210,6 +216,39 @@ def _input_row(scale: Scale) -> dict[str, Any]:
     goal: dict[str, Any] = {"goal": INPUT_GOAL, "relation": "<="}
     peer = "the same step on one cached batch"
     return timing.row_of_pairs("overhead/input", pairs, reference=reference, peer=peer, **goal)
+
+
+def _mesh_row(name: str, quick: bool) -> dict[str, Any]:
+    """In a process that has one device."""
+    one = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    words = {"experts": name.endswith("top_p"), "quick": quick}
+    found = fresh.call(f"{__name__}:mesh_pairs", words, environment=one)
+    same = "the same" if found["same"] else "not the same"
+    reference = f"seconds of {found['steps']} steps on a mesh of one device / without a mesh"
+    more: dict[str, Any] = {"goal": MESH_GOAL, "relation": "<="}
+    more |= {"peer": "the step without a mesh", "same_program": found["same"]}
+    more |= {"instructions": found["instructions"]}
+    reference += f"; the compiled programs are {same}"
+    pairs = timing.Pairs(**found["pairs"])
+    return timing.row_of_pairs(f"overhead/{name}", pairs, reference=reference, **more)
+
+
+def mesh_pairs(experts: bool, quick: bool) -> dict[str, Any]:
+    """Pairs of seconds (ours: on a mesh of one device), and both compiled programs held against each other."""
+    scale = QUICK if quick else Scale()
+    ffn = top_p_ffn(scale) if experts else dense_ffn(scale)
+    plain_run = make_run(scale, ffn, scale.steps * (scale.pairs + 2), "unroll")
+    batch = Loader(plain_run.task.source("train"), seed=0, batch_size=scale.batch).batch(0)
+    sides, programs = [], []
+    for mesh in (MeshSpec(), None):
+        engine = Engine(plain_run.replace(mesh=mesh))
+        with engine.context():
+            compiled, _ = engine.compile(0, engine.batch(batch))
+            sides.append(_stepper(engine, compiled, iter(lambda: batch, None), scale.steps))
+        programs.append(anonymous(compiled.as_text()))
+    pairs = timing.interleaved(sides[0], sides[1], scale.pairs)
+    found = {"pairs": vars(pairs), "steps": scale.steps, "instructions": len(programs[1])}
+    return {**found, "same": programs[0] == programs[1]}
 
 
 def _stepper(

@@ -110,10 +110,12 @@ def joined(place: Place) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        patience = processes.SHUTDOWN_SECONDS / 2
         # A collective fails as soon as a process is gone; the runtime ends this one when it knows which.
         if not isinstance(error, DyncompError) and STATUS.match(str(error)):
-            time.sleep(processes.HEARTBEAT_SECONDS + processes.SHUTDOWN_SECONDS / 2)
-        _end_before_the_runtime(getattr(error, "exit_code", 1), processes.SHUTDOWN_SECONDS / 2)
+            time.sleep(processes.HEARTBEAT_SECONDS + patience)
+            patience = 1.0  # nobody is left to wait for
+        _end_before_the_runtime(getattr(error, "exit_code", 1), patience)
         raise
 
 

@@ -21,15 +21,18 @@ from pathlib import Path
 import psutil
 
 from dyncomp.cli.job import STREAMS, Place
+from dyncomp.core.loopback import free_address
 from dyncomp.core.workdir import newest_step
 
 POLL_SECONDS = 0.1
 STOPPED_SECONDS = 20
 """A process that has been stopped (SIGSTOP) for so long is lost."""
 GRACE_SECONDS = 10
-"""How long the others may take once one has ended by itself with an error."""
+"""How long the others may take once one has ended by itself with an error, and the runtime once it has given up."""
 SAVE_SECONDS = 300
 """How long they may take once one has saved and stopped."""
+GIVEN_UP = "Terminating process because the JAX distributed service detected fatal errors"
+"""What the runtime says before it aborts, which may take long: it looks up names for a stack that nobody reads."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -42,12 +45,16 @@ class Child:
       process: the process itself.
       log: where its native code complains.
       stopped: since when it has been stopped, or None.
+      read: how much of the log was looked at.
+      doomed: since when the runtime has given up, or None.
     """
 
     place: Place
     process: subprocess.Popen
     log: Path
     stopped: float | None = None
+    read: int = 0
+    doomed: float | None = None
 
     def look(self, now: float) -> str:
         """Why it counts as lost; "" while it runs or has ended by itself."""
@@ -59,15 +66,22 @@ class Child:
         except psutil.NoSuchProcess:
             return ""
         self.stopped = (self.stopped or now) if halted else None
-        long = self.stopped is not None and now - self.stopped > STOPPED_SECONDS
-        return f"stopped for {STOPPED_SECONDS} s" if long else ""
+        if self.stopped is not None and now - self.stopped > STOPPED_SECONDS:
+            return f"stopped for {STOPPED_SECONDS} s"
+        return "given up by the runtime" if self._lingers(now) else ""
+
+    def _lingers(self, now: float) -> bool:
+        """Whether it has not ended although the runtime gave up `GRACE_SECONDS` ago."""
+        size = self.log.stat().st_size
+        if size != self.read and self.doomed is None:
+            self.read = size
+            self.doomed = now if GIVEN_UP in self.log.read_text(errors="replace") else None
+        return self.doomed is not None and now - self.doomed > GRACE_SECONDS
 
 
 def spawned(count: int) -> list[Place]:
     """Places of ``count`` processes on this host."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     return [Place(address, count, index, index) for index in range(count)]
 
 

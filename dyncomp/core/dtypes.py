@@ -1,11 +1,14 @@
 """The one dtype policy (DESIGN invariant 9)."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 
 from dyncomp.core.errors import DyncompError
+from dyncomp_kernels._widths import sum_dtype
+
+Values = TypeVar("Values", bound=Any)
 
 FloatName = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -14,7 +17,8 @@ FloatName = Literal["float32", "bfloat16", "float16", "float64"]
 class DTypes:
     """Names of the dtypes of parameters, compute and accumulation.
 
-    Routers, norms, softmax and losses are float32 (``accum``) whatever ``compute`` says.
+    Routers, norms, softmax and losses are float32 (``accum``) whatever ``compute`` says; float64 where that is float64
+    (`widened`), so that a run in float64 (``jax_enable_x64``) is one throughout.
     """
 
     param: FloatName = "float32"
@@ -36,3 +40,8 @@ class DTypes:
     def param_itemsize(self) -> int:
         """Bytes of one parameter."""
         return jnp.dtype(self.param).itemsize
+
+
+def widened(x: Values) -> Values:
+    """``x`` in float32, or as it is where it is float64: what routers, norms, softmax and losses compute in."""
+    return x.astype(sum_dtype(x.dtype))

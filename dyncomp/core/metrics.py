@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dyncomp.core.dtypes import widened
 from dyncomp.core.typing import Array, Bool, Float
 
 Floats = Float[Array | np.ndarray, "..."]
@@ -19,9 +20,9 @@ class Mean:
 
     @classmethod
     def of(cls, values: Floats | Bools, weights: Floats | None = None) -> "Mean":
-        """Weighted sum over all elements of ``values`` (float32; True counts 1)."""
-        values = jnp.asarray(values).astype(jnp.float32)
-        weights = jnp.ones_like(values) if weights is None else weights.astype(jnp.float32)
+        """Weighted sum over all elements of ``values`` (float32 or more; True counts 1)."""
+        values = widened(jnp.asarray(values))
+        weights = jnp.ones_like(values) if weights is None else weights.astype(values.dtype)
         return cls(jnp.sum(values * weights), jnp.sum(jnp.broadcast_to(weights, values.shape)))
 
     def merge(self, other: "Mean") -> "Mean":

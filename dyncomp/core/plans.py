@@ -43,7 +43,7 @@ class RoutePlan:
         rows = jnp.arange(self.experts.shape[0])[:, None]
         weights = jnp.where(self.keep, self.weights, 0.0)
         return (
-            jnp.zeros((self.experts.shape[0], num_experts), jnp.float32)
+            jnp.zeros((self.experts.shape[0], num_experts), weights.dtype)
             .at[rows, self.experts]
             .add(weights)
         )

@@ -40,14 +40,14 @@ class ExitBank(nn.Module):
     def __call__(
         self, features: Float[Array, "*y b d"], index: int | None = None
     ) -> tuple[Array, Array]:
-        """(logits [y b c], gate logits [y b]), float32; without the leading axis when ``index`` is given.
+        """(logits [y b c], gate logits [y b]), float32 or more; without the leading axis when ``index`` is given.
 
         Gate logits are zeros when there are no gates. No gradient flows from a gate into its head.
         """
         logits = self.heads(features, index)
         if self.gated:
             return logits, self.gates(logits, index)
-        return logits, jnp.zeros(logits.shape[:-1], jnp.float32)
+        return logits, jnp.zeros(logits.shape[:-1], logits.dtype)
 
     def cost(self, d_model: int) -> dict[str, Cost]:
         """Price of one example at one exit: ``heads`` and, if there are any, ``gates``."""

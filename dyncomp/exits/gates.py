@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from dyncomp.core.dtypes import DTypes
+from dyncomp.core.dtypes import DTypes, widened
 from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Float
@@ -14,8 +14,8 @@ FEATURES = 4
 
 
 def entropy(logits: Float[Array, "*n c"]) -> Float[Array, "*n"]:
-    """Entropy of softmax(logits) in nats, float32."""
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    """Entropy of softmax(logits) in nats, float32 or more."""
+    log_p = jax.nn.log_softmax(widened(logits), axis=-1)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
@@ -23,9 +23,9 @@ def gate_features(logits: Float[Array, "*n c"]) -> Float[Array, "*n u"]:
     """Four statistics of p = softmax(logits), fully detached: a gate never trains the head it looks at.
 
     Returns:
-      float32 [..., 4]: max p; H(p) in nats; margin p(1) - p(2); H(p^2 / sum p^2) ("entropy_pow").
+      float32 or more [..., 4]: max p; H(p) in nats; margin p(1) - p(2); H(p^2 / sum p^2) ("entropy_pow").
     """
-    logits = lax.stop_gradient(logits).astype(jnp.float32)
+    logits = widened(lax.stop_gradient(logits))
     best, _ = lax.top_k(jax.nn.softmax(logits, axis=-1), 2)
     # p^2 / sum p^2 is softmax at half the temperature, which does not underflow.
     sharp = entropy(2.0 * logits)
@@ -46,12 +46,13 @@ class ExitGates(nn.Module):
 
     @nn.compact
     def __call__(self, logits: Float[Array, "*y b c"], index: int | None = None) -> Array:
-        """Gate logits [y b] float32 from head logits [y b c]; with ``index`` [b] from [b c]."""
+        """Gate logits [y b] from head logits [y b c]; with ``index`` [b] from [b c]."""
         small = nn.initializers.normal(0.01)
-        weight = param(self, "weight", small, (self.exits, FEATURES), ("exits", None))
-        start = nn.initializers.constant(self.bias_init)
-        bias = param(self, "bias", start, (self.exits,), ("exits",))
         u = gate_features(logits)
+        shape, dtype = (self.exits, FEATURES), u.dtype.name
+        weight = param(self, "weight", small, shape, ("exits", None), dtype)
+        start = nn.initializers.constant(self.bias_init)
+        bias = param(self, "bias", start, (self.exits,), ("exits",), dtype)
         if index is None:
             return jnp.einsum("ybu,yu->yb", u, weight) + bias[:, None]
         return u @ weight[index] + bias[index]

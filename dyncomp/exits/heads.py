@@ -10,6 +10,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Float
+from dyncomp_kernels._widths import sum_dtype
 
 
 class ExitHeads(nn.Module):
@@ -38,7 +39,7 @@ class ExitHeads(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "*y b d"], index: int | None = None) -> Array:
-        """Logits, float32.
+        """Logits, float32 or more.
 
         Args:
           features: normalised features, [y b d] for all exits, or [b d] for exit ``index``.
@@ -54,7 +55,7 @@ class ExitHeads(nn.Module):
         return logits if index is None else logits[0]
 
     def _linear(self, name: str, x: Array, width: int, index: int | None) -> Array:
-        """A batch of products [y b i] x [y i o] with float32 result; exit ``index`` alone if given."""
+        """A batch of products [y b i] x [y i o] with float32 result or more; exit ``index`` alone if given."""
         heads = 1 if self.shared else self.exits
         lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 2, batch_axis=(0,))
         shape, dtype = (heads, x.shape[-1], width), self.dtypes.param
@@ -65,8 +66,9 @@ class ExitHeads(nn.Module):
             kernel, bias = (jnp.broadcast_to(w, (x.shape[0], *w.shape[1:])) for w in (kernel, bias))
         elif index is not None:
             kernel, bias = kernel[index : index + 1], bias[index : index + 1]
-        y = jnp.einsum("ybi,yio->ybo", x, kernel.astype(x.dtype), preferred_element_type="float32")
-        return y + bias.astype(jnp.float32)[:, None]
+        wide = sum_dtype(x.dtype)
+        y = jnp.einsum("ybi,yio->ybo", x, kernel.astype(x.dtype), preferred_element_type=wide)
+        return y + bias.astype(wide)[:, None]
 
     def cost(self, d_model: int) -> Cost:
         """Price of one example at one head."""

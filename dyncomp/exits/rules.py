@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dyncomp.core.choose import first_exit
+from dyncomp.core.dtypes import widened
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.plans import ExitPlan
 from dyncomp.core.typing import Array, Bool, Float
@@ -183,16 +184,16 @@ class RunningSumRule:
 
     def step(self, state: tuple[Array, Array], logits: Array, gate: Array, threshold: Array):
         """Adds one exit's logits and compares the confidence in all of them."""
-        total, count = state[0] + logits.astype(jnp.float32), state[1] + 1.0
+        total, count = state[0] + widened(logits), state[1] + 1.0
         shown = total if self.accumulate == "sum" else total / count[:, None]
         score = confidence(shown / self.temperature, self.score)
         return (total, count), score > threshold, score
 
 
 def confidence(logits: Float[Array, "*n c"], score: Score) -> Float[Array, "*n"]:
-    """Max probability, negative entropy or margin of softmax(logits), float32, detached."""
+    """Max probability, negative entropy or margin of softmax(logits), float32 or more, detached."""
     if score == "max_p":  # the largest of exp(l - max l) / sum is 1 / sum: no need to sort
-        logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
+        logits = widened(jax.lax.stop_gradient(logits))
         above = logits - jnp.max(logits, axis=-1, keepdims=True)
         return 1.0 / jnp.sum(jnp.exp(above), axis=-1)
     u = gate_features(logits)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from dyncomp.core import dispatch
 from dyncomp.core.aux import Aux, count
 from dyncomp.core.dispatch import Priority
-from dyncomp.core.dtypes import DTypes
+from dyncomp.core.dtypes import DTypes, widened
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.plans import RoutePlan
@@ -180,8 +180,10 @@ class MoE(nn.Module):
         y, aux = self.shared(name="shared", dtypes=self.dtypes)(x, mask, train=train)  # type: ignore[misc]
         if self.shared_gate:
             zeros = nn.initializers.zeros_init()
-            gate = param(self, "shared_gate", zeros, (x.shape[-1], 1), ("embed", "router"))
-            score = jnp.einsum("btd,do->bto", x.astype(jnp.float32), gate.astype(jnp.float32))
+            wide, axes = widened(x), ("embed", "router")
+            shape, dtype = (x.shape[-1], 1), wide.dtype.name
+            gate = param(self, "shared_gate", zeros, shape, axes, dtype)
+            score = jnp.einsum("btd,do->bto", wide, widened(gate))
             y = y * jax.nn.sigmoid(score).astype(y.dtype)
         return y, aux
 

@@ -25,6 +25,7 @@ from dyncomp.models.group import (
     first_handed,
 )
 from dyncomp.models.norm import Norm, NormKind
+from dyncomp_kernels._widths import sum_dtype
 from dyncomp_kernels.dense_matmul.api import dense_matmul
 
 
@@ -190,11 +191,12 @@ class DecoderLM(nn.Module):
         return sum(group.repeat * len(group.blocks) for group in self.groups)
 
     def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """Final norm and output projection, float32 logits."""
+        """Final norm and output projection; logits are float32 or more."""
         x = self.final_norm(x)
         tied = self.tie_embeddings
         head = (self.embedding.T if tied else self.head).astype(x.dtype)
-        logits = dense_matmul(x, head, transposed=True if tied else None, dtype=jnp.float32)
+        wide = sum_dtype(x.dtype)
+        logits = dense_matmul(x, head, transposed=True if tied else None, dtype=wide)
         return constrain(logits, ("batch", "seq", "vocab"))
 
     def _below(self, tokens: Int[Array, "b t"]) -> dict[str, Array]:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from dyncomp.core.aux import Aux, count, nest
-from dyncomp.core.dtypes import DTypes
+from dyncomp.core.dtypes import DTypes, widened
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import constrain, param
@@ -24,6 +24,7 @@ from dyncomp.models.group import (
     first_below,
 )
 from dyncomp.models.norm import Norm, NormKind
+from dyncomp_kernels._widths import sum_dtype
 
 Pool = Literal["cls", "mean", "tokens"]
 
@@ -55,7 +56,7 @@ class PatchEmbed(nn.Module):
 
 
 class Head(nn.Module):
-    """Linear classifier; float32 logits."""
+    """Linear classifier; logits are float32 or more."""
 
     classes: int
     dtypes: DTypes = DTypes()
@@ -67,10 +68,9 @@ class Head(nn.Module):
         zeros, lecun = nn.initializers.zeros_init(), nn.initializers.lecun_normal()
         kernel = param(self, "kernel", lecun, shape, ("embed", None), self.dtypes.param)
         bias = param(self, "bias", zeros, shape[1:], (None,), self.dtypes.param)
-        logits = jnp.matmul(
-            features, kernel.astype(features.dtype), preferred_element_type=jnp.float32
-        )
-        return logits + jnp.broadcast_to(bias.astype(jnp.float32), logits.shape)
+        wide = sum_dtype(features.dtype)
+        logits = jnp.matmul(features, kernel.astype(features.dtype), preferred_element_type=wide)
+        return logits + jnp.broadcast_to(bias.astype(wide), logits.shape)
 
 
 class VisionTransformer(nn.Module):
@@ -192,7 +192,7 @@ class VisionTransformer(nn.Module):
             return self.final_norm(x)
         if self.pool == "cls":
             return self.final_norm(x[..., 0, :])
-        return jnp.mean(self.final_norm(x).astype(jnp.float32), axis=-2).astype(x.dtype)
+        return jnp.mean(widened(self.final_norm(x)), axis=-2).astype(x.dtype)
 
     def classify(self, x: Float[Array, "b t d"]) -> Float[Array, "b *t c"]:
         """Pool, normalise, classify: the last segment."""

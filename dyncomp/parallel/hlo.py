@@ -33,6 +33,8 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count[^0-9}]*"?n?"?[^0-9}]*(\d+)')
+_NAME = re.compile(r"%[\w.\-]+")
+_NOTES = re.compile(r", (?:metadata|sharding|frontend_attributes)=\{(?:[^{}]|\{[^{}]*\})*\}")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 
@@ -51,6 +53,12 @@ class Traffic:
     runs: int = 0
     bytes: int = 0
     sent: int = 0
+
+
+def anonymous(text: str) -> list[str]:
+    """The instructions in order, without names, places in the source and notes on sharding: what a program does."""
+    lines = (line for line in text.splitlines() if _INSTRUCTION.match(line))
+    return [_NAME.sub("%", _NOTES.sub("", line)).strip() for line in lines]
 
 
 def collectives(text: str) -> dict[str, Traffic]:

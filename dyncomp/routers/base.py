@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dyncomp.core.dtypes import DTypes
+from dyncomp.core.dtypes import DTypes, widened
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.plans import RoutePlan
@@ -22,7 +22,7 @@ BELOW = "router_logits"
 
 
 class Scored(nn.Module):
-    """Base of the routers that score experts, in float32. A subclass says how to choose.
+    """Base of the routers that score experts, in float32 (float64 for such rows). A subclass says how to choose.
 
     Losses (raw): ``balance`` and ``balance_first`` (two normalisations, `losses.balance_loss`), ``importance``,
     ``entropy``, ``z``; ``imbalance``, which is no loss but a figure to watch (`losses.imbalance`); with noise ``load``;
@@ -38,7 +38,7 @@ class Scored(nn.Module):
       logit_std: rescale each row's logits to this standard deviation before choosing; what is handed up is not
         rescaled. None leaves them alone.
       balance_weights: weight of each expert in the heterogeneous loss; empty for no such loss.
-      dtypes: only ``accum`` matters: routing is float32.
+      dtypes: routing is float32 whatever they say, float64 for rows of that.
     """
 
     num_experts: int
@@ -94,7 +94,7 @@ class Scored(nn.Module):
           below: with ``residual``, ``{"router_logits": float32 [n e]}`` of the layer below (`below_like` at first).
         """
         self.check()
-        x = x.astype(jnp.float32)
+        x = widened(x)
         if train and self.jitter:
             x = noise.jitter(self.make_rng("router"), x, self.jitter)
         clean = getattr(scorers, self.scorer)(self, x, self.num_experts)
@@ -123,8 +123,9 @@ class Scored(nn.Module):
         if self.noise == "fixed":
             return jnp.full((1, 1), self.noise_std / self.num_experts, jnp.float32)
         shape = (x.shape[-1], self.num_experts)
-        kernel = param(self, "noise", nn.initializers.zeros_init(), shape, ("embed", "router"))
-        return jax.nn.softplus(jnp.dot(x, kernel.astype(jnp.float32)))
+        zeros, axes = nn.initializers.zeros_init(), ("embed", "router")
+        kernel = param(self, "noise", zeros, shape, axes, x.dtype.name)
+        return jax.nn.softplus(jnp.dot(x, widened(kernel)))
 
     def _losses(
         self, logits: Array, noisy: Array, std: Array | None, plan: RoutePlan, mask: Array | None

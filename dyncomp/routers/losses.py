@@ -1,4 +1,4 @@
-"""Auxiliary losses of routers: raw values, float32; the objective weighs them. Padding rows count nowhere.
+"""Auxiliary losses of routers: raw values, float32 or more; the objective weighs them. Padding rows count nowhere.
 
 Statistics are taken over all rows that the router sees: the global batch of a step (of a part of it, where the step
 accumulates), so they mean the same on one device and on many.
@@ -21,7 +21,7 @@ def mean_rows(
     """Mean over real rows; 0 when there is none."""
     if mask is None:
         return jnp.mean(values, axis=0)
-    weights = mask.astype(jnp.float32).reshape(-1, *[1] * (values.ndim - 1))
+    weights = mask.astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
     return jnp.sum(values * weights, axis=0) / jnp.maximum(jnp.sum(weights), 1.0)
 
 

@@ -1,11 +1,13 @@
 """What rates the experts for a row: linear or cosine scores, and what a layer adds from the one below."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dyncomp.core.dtypes import widened
 from dyncomp.core.sharding import param
 from dyncomp.core.typing import Array, Float
 
@@ -13,9 +15,10 @@ SMALL = nn.initializers.normal(0.02)
 
 
 def linear(module: nn.Module, x: Float[Array, "n d"], num_experts: int) -> Float[Array, "n e"]:
-    """Float32 logits x W without bias; the parameter ``kernel`` [d e] belongs to ``module``."""
-    kernel = param(module, "kernel", SMALL, (x.shape[-1], num_experts), ("embed", "router"))
-    return jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    """Logits x W without bias, float32 or more; the parameter ``kernel`` [d e] belongs to ``module``."""
+    x = widened(x)
+    shape, axes = (x.shape[-1], num_experts), ("embed", "router")
+    return jnp.dot(x, widened(param(module, "kernel", SMALL, shape, axes, x.dtype.name)))
 
 
 def cosine(
@@ -27,18 +30,15 @@ def cosine(
     log-temperature ``temperature``, log(1/0.5) at first. Without the bias the logits do not depend on the length of x.
     """
     lecun, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
-    projection = param(module, "projection", lecun, (x.shape[-1], width), ("embed", "router"))
-    bias = param(module, "bias", zeros, (width,), ("router",))
-    embedding = param(
-        module,
-        "embedding",
-        nn.initializers.normal(0.01),
-        (width, num_experts),
-        ("router", "router"),
-    )
+    x = widened(x)
+    own = functools.partial(param, module, dtype=x.dtype.name)
+    projection = own("projection", lecun, (x.shape[-1], width), ("embed", "router"))
+    bias = own("bias", zeros, (width,), ("router",))
+    small = nn.initializers.normal(0.01)
+    embedding = own("embedding", small, (width, num_experts), ("router", "router"))
     start = nn.initializers.constant(math.log(1 / 0.5))
-    temperature = param(module, "temperature", start, (1,), ("router",))
-    rows = _unit(jnp.dot(x.astype(jnp.float32), projection) + bias[None], -1)
+    temperature = own("temperature", start, (1,), ("router",))
+    rows = _unit(jnp.dot(x, projection) + bias[None], -1)
     scale = jnp.exp(jnp.minimum(temperature, math.log(100.0)))
     return scale[None] * jnp.dot(rows, _unit(embedding, 0))
 
@@ -50,8 +50,8 @@ def _unit(v: Array, axis: int) -> Array:
 class GatingResidual(nn.Module):
     """Adds G W_g, G being the logits of the layer below (MoE++, arXiv 2410.07348, eq. 6: the pathway-aware router).
 
-    What a layer hands on are its whole logits, this term included: a recurrence over depth. Float32, no bias. W_g is
-    drawn small; the first layer sees G = 0.
+    What a layer hands on are its whole logits, this term included: a recurrence over depth. Float32 or more, no bias.
+    W_g is drawn small; the first layer sees G = 0.
     """
 
     num_experts: int
@@ -62,5 +62,6 @@ class GatingResidual(nn.Module):
     ) -> Float[Array, "n e"]:
         """Logits of this layer, to route with and to hand on."""
         shape = (self.num_experts, self.num_experts)
-        kernel = param(self, "kernel", SMALL, shape, ("router", "router"))
-        return logits + jnp.dot(below.astype(jnp.float32), kernel.astype(jnp.float32))
+        below = widened(below)
+        kernel = param(self, "kernel", SMALL, shape, ("router", "router"), below.dtype.name)
+        return logits + jnp.dot(below, widened(kernel))

@@ -1,4 +1,4 @@
-"""Objectives: cross-entropy plus weighted auxiliary losses. Softmax is float32."""
+"""Objectives: cross-entropy plus weighted auxiliary losses. Softmax is float32 or more."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ import optax
 
 from dyncomp.core import budget
 from dyncomp.core.aux import Aux, losses_by_name
+from dyncomp.core.dtypes import widened
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.metrics import Mean
 from dyncomp.core.typing import Array, Float, Int
@@ -64,9 +65,9 @@ def budget_losses(aux: Aux, budgets: Mapping[str, Sequence[float]]) -> Float[Arr
 def token_nll(
     logits: Float[Array, "*n v"], targets: Int[Array | np.ndarray, "*n"]
 ) -> Float[Array, "*n"]:
-    """Negative log-likelihood in nats, float32."""
+    """Negative log-likelihood in nats, float32 or more."""
     labels = jnp.asarray(targets)
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    return optax.softmax_cross_entropy_with_integer_labels(widened(logits), labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class LMObjective:
         extra = extra + budget_losses(aux, self.budgets)
         loss = jnp.asarray(nll.total / jnp.maximum(nll.count, 1.0) + extra)
         if self.z_loss:
-            log_z = jax.nn.logsumexp(output.astype(jnp.float32), axis=-1)
+            log_z = jax.nn.logsumexp(widened(output), axis=-1)
             metrics["output_z"] = Mean.of(jnp.square(log_z), batch["mask"])
             loss = loss + self.z_loss * metrics["output_z"].total / jnp.maximum(nll.count, 1.0)
         if self.final_weight:
@@ -175,7 +176,7 @@ class ClassificationObjective:
         step: Any,
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
         """Loss and the metrics of `classification_metrics` and every auxiliary loss."""
-        logits = answer_of(output, self.answer).astype(jnp.float32)
+        logits = widened(answer_of(output, self.answer))
         nll = token_nll(logits, batch["targets"])
         uniform = -jnp.mean(jax.nn.log_softmax(logits, axis=-1), axis=-1)
         smooth = (1 - self.label_smoothing) * nll + self.label_smoothing * uniform

@@ -62,6 +62,19 @@ def test_collectives_are_counted_by_trips_and_channels():
     assert hlo.kernels(TEXT) == {"my_kernel": 1}
 
 
+def test_programs_are_compared_without_names_and_notes():
+    one = """
+ENTRY %main.3 (x.1: f32[2]) -> f32[2] {
+  %x.1 = f32[2]{0} parameter(0), sharding={replicated}, metadata={op_name="state"}
+  ROOT %add.5 = f32[2]{0} add(%x.1, %x.1), metadata={op_name="jit(step)/add"}
+}
+"""
+    other = one.replace("x.1", "p").replace("add.5", "sum").replace(", sharding={replicated}", "")
+    found = ["% = f32[2]{0} parameter(0)", "ROOT % = f32[2]{0} add(%, %)"]
+    assert hlo.anonymous(one) == hlo.anonymous(other) == found
+    assert hlo.anonymous(one.replace(" add(", " multiply(")) != found
+
+
 def test_what_a_shard_map_holds_shares_channel_1_and_counts_one_by_one():
     start = "((bf16[8,4]{1,0:T(8,128)(2,1)}), bf16[8,4]{1,0:T(8,128)S(1)}, u32[], u32[]) all-to-all-start(%a)"
     text = f"""\

@@ -13,6 +13,7 @@ import numpy as np
 from tiny import N, Regression, make_run
 
 from dyncomp import attention, experts, models, routers, tasks
+from dyncomp.bench.meshes import EASY
 from dyncomp.cli.supervise import spawned
 from dyncomp.core.metrics import Mean
 from dyncomp.tasks.base import ArraySource, Task
@@ -29,9 +30,7 @@ several.member(*sys.argv[1:])
 
 def together(workdir, processes, devices, *words):
     """Runs `member` in so many processes of so many devices each; the error output of the first."""
-    # What is compared is mathematics, so the compiler need not work hard.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {EASY}"}
     started = []
     for place in spawned(processes):
         given = [place.coordinator, str(processes), str(place.process), str(workdir), *words]

@@ -11,6 +11,8 @@ import time
 import pytest
 
 from dyncomp.bench import faults
+from dyncomp.cli import supervise
+from dyncomp.cli.job import Place
 from dyncomp.cli.main import main
 from dyncomp.cli.supervise import lost_in, spawned
 from dyncomp.core.workdir import steps_in
@@ -90,6 +92,19 @@ def test_flags_that_do_not_go_together(config, flags, said, capsys):
     assert main(["run", str(config), *flags]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_a_process_that_the_runtime_gave_up_must_end_soon(tmp_path):
+    """The runtime's abort may take long: the parent does not wait for it."""
+    log = tmp_path / "log"
+    log.write_text("[Gloo] Rank 1 is connected to 1 peer ranks.\n")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        child = supervise.Child(Place("a:1", 2, 1), process, log)
+        assert child.look(0.0) == child.look(100.0) == ""
+        with log.open("a") as stream:
+            stream.write(f"F1127 client.h:80] {supervise.GIVEN_UP}. This most likely indicates\n")
+        assert child.look(101.0) == child.look(101.0 + supervise.GRACE_SECONDS) == ""
+        assert child.look(102.0 + supervise.GRACE_SECONDS) == "given up by the runtime"
 
 
 def test_what_the_runtime_says_names_the_process():

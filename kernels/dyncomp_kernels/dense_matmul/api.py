@@ -23,6 +23,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dyncomp_kernels._widths import sum_dtype
+
 FEW = 64
 """Up to how many rows transposed weights go to the left."""
 
@@ -58,7 +60,7 @@ def dense_matmul(
       dtype: of the result; default that of ``rows``.
 
     Returns:
-      [... n], accumulated in float32.
+      [... n], accumulated in `sum_dtype`.
 
     Raises:
       ValueError: the inner sizes or the dtypes differ.
@@ -80,14 +82,15 @@ def dense_matmul(
 
 
 def _summed(rows: Array, weights: Array, axes: int, left: bool, dtype: Any) -> Array:
-    """With one inner and one outer axis, and float32 sums; the weights on the left, or the rows."""
+    """With one inner and one outer axis, and sums in `sum_dtype`; the weights on the left, or the rows."""
     outer, inner = rows.shape[: rows.ndim - axes], math.prod(weights.shape[:axes])
     x, w = rows.reshape(-1, inner), weights.reshape(inner, -1)
+    wide = sum_dtype(rows.dtype)
     if left:
         # Without the barrier XLA turns the product round. Rows turned by hand would make a plain loop of bfloat16.
         last = (((1,), (1,)), ((), ()))
-        product = lax.dot_general(w.T, x, last, preferred_element_type=jnp.float32)
+        product = lax.dot_general(w.T, x, last, preferred_element_type=wide)
         product = lax.optimization_barrier(product).T
     else:
-        product = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+        product = jnp.matmul(x, w, preferred_element_type=wide)
     return product.reshape(*outer, *weights.shape[axes:]).astype(dtype)

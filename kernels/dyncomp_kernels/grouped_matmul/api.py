@@ -67,7 +67,7 @@ def grouped_matmul(
         what CUDA runs is a Hopper GPU; elsewhere than on CUDA the portable form serves it.
 
     Returns:
-      [m n] in the dtype of ``rows``, accumulated in float32. Rows past sum(group_sizes) are zero. Differentiable in
+      [m n] in the dtype of ``rows``, accumulated in `sum_dtype`. Rows past sum(group_sizes) are zero. Differentiable in
       ``rows`` and ``weights``.
 
     Raises:

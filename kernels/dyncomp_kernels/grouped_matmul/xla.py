@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dyncomp_kernels._compat import vary_like
+from dyncomp_kernels._widths import sum_dtype
 from dyncomp_kernels.grouped_matmul.blocks import Sweep, executed_rows, sweeps, trips
 
 __all__ = ["executed_rows", "forward", "row_gradient", "trips", "weight_gradient"]
@@ -49,7 +50,7 @@ def _multiply(sweep: Sweep, rows: Array, weights: Array, axis: int, i: Array, ou
     tile = lax.dynamic_slice_in_dim(rows, start, sweep.block)
     weight = lax.dynamic_index_in_dim(weights, sweep.group[i], keepdims=False)
     contract = (((1,), (axis,)), ((), ()))
-    product = lax.dot_general(tile, weight, contract, preferred_element_type=jnp.float32)
+    product = lax.dot_general(tile, weight, contract, preferred_element_type=sum_dtype(rows.dtype))
     product = product.astype(out.dtype)
     if not sweep.whole:
         product = jnp.where(own, product, lax.dynamic_slice_in_dim(out, start, sweep.block))
@@ -74,13 +75,12 @@ def place(sweep: Sweep, i: Array, rows: int) -> tuple[Array, Array]:
 
 
 def weight_gradient(rows: Array, cotangent: Array, group_sizes: Array) -> Array:
-    """Sum over each group's rows of rows^T cotangent: [m k], [m n] -> [e k n], float32."""
+    """Sum over each group's rows of rows^T cotangent: [m k], [m n] -> [e k n], in `sum_dtype`."""
     shape = (group_sizes.shape[0], rows.shape[1], cotangent.shape[1])
     if 0 in rows.shape or 0 in cotangent.shape:
-        return jnp.zeros(shape, jnp.float32)
-    total = vary_like(
-        zeros(shape, cotangent.astype(jnp.float32), group_sizes), rows, cotangent, group_sizes
-    )
+        return jnp.zeros(shape, sum_dtype(rows.dtype))
+    wide = cotangent.astype(sum_dtype(rows.dtype))
+    total = vary_like(zeros(shape, wide, group_sizes), rows, cotangent, group_sizes)
     for sweep in sweeps(group_sizes, rows.shape[0]):
         body = functools.partial(_accumulate, sweep, rows, cotangent)
         total = lax.fori_loop(sweep.begin, sweep.stop, body, total)
@@ -95,7 +95,7 @@ def _accumulate(sweep: Sweep, rows: Array, cotangent: Array, i: Array, total: Ar
     if not sweep.whole:
         left, right = jnp.where(own, left, 0), jnp.where(own, right, 0)
     contract = (((0,), (0,)), ((), ()))
-    part = lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
+    part = lax.dot_general(left, right, contract, preferred_element_type=total.dtype)
     group = sweep.group[i]
     if sweep.whole:
         part = part + lax.dynamic_index_in_dim(total, group, keepdims=False)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dyncomp_kernels._compat import vary_like
+from dyncomp_kernels._widths import sum_dtype
 from dyncomp_kernels.grouped_matmul.blocks import Sweep, sweeps
 from dyncomp_kernels.grouped_matmul.xla import place, zeros
 
@@ -65,10 +66,10 @@ def _expert(sweep: Sweep, rows: Array, weights: Weights, i: Array, out: tuple) -
 def backward(
     rows: Array, weights: Weights, group_sizes: Array, kept: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Weights]:
-    """Gradients of the rows [m d] and, float32, of the weights."""
+    """Gradients of the rows [m d] and, in `sum_dtype`, of the weights."""
     d_rows = _buffers([rows.shape], rows, weights, group_sizes, rows.dtype)
     shapes = [w.shape for w in weights]
-    total = (*d_rows, *_buffers(shapes, rows, weights, group_sizes, jnp.float32))
+    total = (*d_rows, *_buffers(shapes, rows, weights, group_sizes, sum_dtype(rows.dtype)))
     for sweep in _sweeps(rows, weights, group_sizes):
         body = functools.partial(_pull, sweep, rows, weights, kept, cotangent)
         total = lax.fori_loop(sweep.begin, sweep.stop, body, total)
@@ -81,7 +82,8 @@ def _pull(sweep, rows, weights, kept, cotangent, i, total):
     cut = lambda x: _own(sweep, own, lax.dynamic_slice_in_dim(x, start, sweep.block))
     x, dy, gate, up = map(cut, (rows, cotangent, *kept))
     group = sweep.group[i]
-    w, gate, up = weights.of(group), gate.astype(jnp.float32), up.astype(jnp.float32)
+    w, wide = weights.of(group), sum_dtype(rows.dtype)
+    gate, up = gate.astype(wide), up.astype(wide)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     d_hidden = _dot(dy, w.down, 1, 1)
@@ -103,8 +105,9 @@ def _pull(sweep, rows, weights, kept, cotangent, i, total):
 
 
 def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
-    """Contracts one axis of each, accumulated in float32."""
-    return lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32)
+    """Contracts one axis of each, accumulated in `sum_dtype`."""
+    axes, wide = (((of_a,), (of_b,)), ((), ())), sum_dtype(a.dtype)
+    return lax.dot_general(a, b, axes, preferred_element_type=wide)
 
 
 def _own(sweep: Sweep, own: Array, tile: Array) -> Array:
