@@ -224,9 +224,7 @@ class UViT(nn.Module):
                 cache = self._skips(parts["group_0"])
             x, aux = stack(x, None, None, cache, train, ("hidden",))
             parts[f"group_{index}"] = aux
-        blocks = jnp.stack(block_outputs(self.groups, nest(**parts).plans))
-        # Unconstrained, the losses of all layers are computed on the whole batch everywhere.
-        return constrain(blocks, (None, *ACTIVATION))
+        return jnp.stack(block_outputs(self.groups, nest(**parts).plans))
 
     def _skips(self, early: Aux) -> dict[str, Any]:
         """The early blocks' outputs, last first, where each late block looks for its own."""
