@@ -68,8 +68,9 @@ def test_rows_hold_together(made, rows):
         )
         assert report["device_memory"] == HBM[row["slice"].partition(":")[0]]
         assert report["fits"] == (memory["peak"] <= report["device_memory"])
-        # Buffers are padded to tiles: a little more than what our count of the state says, never less.
-        assert 0.99 < memory["arguments"] / report["state_bytes"] < 1.6
+        # Buffers are padded to tiles, small ones by far: more than what our count of the state says, never less.
+        state = report["state_bytes"]
+        assert 0.99 * state < memory["arguments"] < 1.6 * state + 2**24
         assert report["dense_flops"] is None or report["ledger_flops"] <= report["dense_flops"]
         for kind, moved in report["collectives"].items():
             assert (
