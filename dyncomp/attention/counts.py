@@ -1,7 +1,7 @@
 """How many slots of a cache are real up to each one, and where the real one of a number lies: for rows with gaps.
 
-In two levels of blocks: XLA's CPU takes a running sum of 8,192 numbers in a dozen passes and a binary search in a
-loop, and every layer asks for both in every step of decoding.
+In two levels of blocks: XLA's CPU takes a running sum in many passes and a binary search in a loop, and every layer
+asks for both in every step of decoding.
 """
 
 import jax.numpy as jnp
