@@ -61,10 +61,11 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
-# Tests compile the same small programs again and again: within a run, each process finds what another has compiled.
+# Tests compile thousands of small programs and run each a few times: so each process finds what another has compiled,
+# and machine code is not optimised (a quarter of the processor time; `make test-peers` and every bench run what users do).
 test: lint
 	@compiled=$$(mktemp -d) && trap 'rm -rf "$$compiled"' EXIT && \
-	  JAX_COMPILATION_CACHE_DIR=$$compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	  JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$$compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.stamp-peers
