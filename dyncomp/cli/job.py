@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import logging
 import os
 import re
 import signal
@@ -103,6 +104,7 @@ def joined(place: Place) -> Iterator[None]:
     _die_with_parent()
     out, err = map(int, os.environ[STREAMS].split(","))
     sys.stdout, sys.stderr = os.fdopen(out, "w"), os.fdopen(err, "w", buffering=1)
+    logging.basicConfig(stream=sys.__stderr__)  # what libraries log is for the parent too
     from dyncomp.parallel import processes
 
     where = (place.coordinator, place.processes, place.process)

@@ -44,7 +44,7 @@ def test_loss_and_gradients_agree(name, layers):
     grads = plain.from_library(grads)
     norm = lambda leaf: float(jnp.linalg.norm(leaf.ravel()))
     apart = jax.tree.map(lambda a, b: norm(a - b) / norm(b), grads, peer_grads)
-    assert max(jax.tree.leaves(apart)) <= 1e-5, apart
+    assert max(jax.tree.leaves(apart)) <= 3e-5, apart  # other machine code, other roundings
     assert min(jax.tree.leaves(jax.tree.map(norm, peer_grads))) > 1e-4
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dyncomp.bench import faults
 from dyncomp.cli import supervise
-from dyncomp.cli.job import Place
+from dyncomp.cli.job import STREAMS, Place
 from dyncomp.cli.main import main
 from dyncomp.cli.supervise import lost_in, spawned
 from dyncomp.core.workdir import steps_in
@@ -105,6 +105,24 @@ def test_a_process_that_the_runtime_gave_up_must_end_soon(tmp_path):
             stream.write(f"F1127 client.h:80] {supervise.GIVEN_UP}. This most likely indicates\n")
         assert child.look(101.0) == child.look(101.0 + supervise.GRACE_SECONDS) == ""
         assert child.look(102.0 + supervise.GRACE_SECONDS) == "given up by the runtime"
+
+
+def test_what_libraries_log_goes_to_the_parent(tmp_path):
+    """The terminal gets the run's own words alone, such as the line that says who was lost."""
+    program = (
+        "import logging, sys\n"
+        "from dyncomp.cli import job, supervise\n"
+        "with job.joined(supervise.spawned(1)[0]):\n"
+        "    logging.getLogger('absl').error('could not commit')\n"
+        "    print('own', file=sys.stderr)\n"
+    )
+    own, log = tmp_path / "own", tmp_path / "log"
+    with own.open("w") as terminal, log.open("w") as native:
+        told = {STREAMS: f"{terminal.fileno()},{terminal.fileno()}"}
+        command = [sys.executable, "-c", program]
+        files = {"stderr": native, "pass_fds": [terminal.fileno()]}
+        subprocess.run(command, env={**os.environ, **told}, check=True, **files)
+    assert own.read_text() == "own\n" and "could not commit" in log.read_text()
 
 
 def test_what_the_runtime_says_names_the_process():
