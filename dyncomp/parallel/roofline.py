@@ -42,8 +42,10 @@ def _chip(
     return Chip(flops / devices, memory / devices, sent / devices, clock)
 
 
+V4_FLOPS = 275e12
+"""Of a v4 device that runs programs: the whole chip, where a described topology lists its two cores apart."""
 CHIPS: Mapping[str, Chip] = {
-    "v4": _chip(275e12, 1.2e12, 0.6e12, 3, devices=2, multipliers=8 * 128**2),
+    "v4": _chip(V4_FLOPS, 1.2e12, 0.6e12, 3, devices=2, multipliers=8 * 128**2),
     "v5e": _chip(197e12, 0.82e12, 0.4e12, 2, multipliers=4 * 128**2),
     "v5p": _chip(459e12, 2.77e12, 1.2e12, 3, multipliers=8 * 128**2),
     "v6e": _chip(918e12, 1.64e12, 0.8e12, 2, multipliers=4 * 256**2),
@@ -51,6 +53,19 @@ CHIPS: Mapping[str, Chip] = {
     "h100": _chip(989e12, 3.35e12, 0.9e12, 1),
 }
 """By generation, from the pages of Google's Cloud TPU documentation and NVIDIA's data sheet (SXM, dense)."""
+
+KINDS: Mapping[str, str] = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h100",  # the same peak; only its memory is faster
+}
+"""Generations by what JAX calls a device that runs programs."""
 
 BETWEEN_NODES = 50e9
 """Bytes a second that a GPU sends to other nodes: a network card of 400 Gbit/s for each."""
@@ -110,6 +125,13 @@ def chip_of(topology: str) -> Chip | None:
     if chip and name == "h100" and "x" in shape:
         return dataclasses.replace(chip, ring=BETWEEN_NODES)
     return chip
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOPs a second of a device that JAX calls ``device_kind``; None where they are not known."""
+    if device_kind == "TPU v4":
+        return V4_FLOPS
+    return CHIPS[KINDS[device_kind]].flops if device_kind in KINDS else None
 
 
 def predict(report: CompileReport) -> Prediction | None:

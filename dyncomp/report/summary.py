@@ -22,6 +22,7 @@ def figures_of(summary: Mapping[str, Any]) -> dict[str, Any]:
         "active experts": _active_experts(compute),
         "parameters": summary.get("parameters"),
         "seconds per step": timings.get("seconds_per_step"),
+        "MFU": timings.get("mfu"),
         "compile seconds": _total(timings.get("compile_seconds")),
         "memory, XLA (MiB)": _mebibytes(memory.get("xla_bytes")),
         "memory, measured (MiB)": _mebibytes(memory.get("measured_bytes")),

@@ -25,6 +25,7 @@ from dyncomp.core.errors import DyncompError, Preempted
 from dyncomp.core.ledger import Ledger
 from dyncomp.core.workdir import steps_in
 from dyncomp.parallel import processes
+from dyncomp.parallel.roofline import peak_flops
 from dyncomp.tasks.loader import Loader
 from dyncomp.training import compile_cache, records
 from dyncomp.training.checkpoint import Checkpointer
@@ -42,6 +43,8 @@ from dyncomp.training.warm_start import warm_start
 from dyncomp.training.window import Window
 
 QUICK_STEPS = 4
+TRAINED = 3
+"""FLOPs of a training step over those of its forward pass: gradients of inputs and of weights take as many each."""
 
 
 def train(
@@ -174,9 +177,14 @@ class Session:
         if self.lead:
             self.checkpoints.drop_after(self.step)
         self._track()
-        self.timings = Timings(self.workdir / "timings.jsonl" if self.lead else None)
+        self.timings = Timings(self.workdir / "timings.jsonl" if self.lead else None, self._peak())
         shown = progress and self.lead
         self.bar = records.Bar(self.workdir.name, self.run.total_steps, self.step, shown)
+
+    def _peak(self) -> float | None:
+        """FLOPs a second of all devices of this run, where known."""
+        one = peak_flops(jax.devices()[0].device_kind)
+        return one and one * (self.engine.mesh.size if self.engine.mesh else 1)
 
     def _track(self) -> None:
         """Opens the trackers at the present step."""
@@ -305,6 +313,9 @@ class Session:
             costs = self.run.model.cost((self.run.batch_size // self.run.accumulate, *inputs.shape))
             ledger = Ledger(costs).record(self.window.counts())
             values |= spent(compute(ledger, self.window.elements))
+            each = TRAINED / self.window.steps
+            totals = (each * ledger.total(which) for which in ("needed", "executed"))
+            self.timings.computed(self.step, *totals)
         self._write("train", values)
         self.bar.logged(values["loss"], self.timings.step_seconds[-1])
         self.window = Window()

@@ -87,12 +87,19 @@ class Timings:
     processes also ``straggler``, the one whose host was at work for longest, and ``straggle``, by how many seconds a
     step more than the median: the others waited for it. A slow device makes all hosts wait alike and does not show.
 
+    Where a model says what it computed, a record of its own at every log line: FLOPs a second that the plan needed and
+    that were executed, and these as shares of ``peak``, ``mfu`` and ``mfu_executed``.
+
     Args:
       path: where records are appended; None where another process writes them.
+      peak: FLOPs a second of all devices of the run together; None where it is not known.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, peak: float | None = None):
         self.stream = path.open("a") if path else None
+        self.peak = peak
+        self.since_log = [0, 0.0]  # steps, seconds
+        self.mfu: list[float] = []
         self.step_seconds: list[float] = []
         self.stalls: list[float] = []
         self.saves: list[float] = []
@@ -138,6 +145,7 @@ class Timings:
         own = np.array([self.waited / spent, (spent - self.fetched) / self.steps], np.float32)
         stalls, busy = processes.gather(own).T
         self.step_seconds.append(spent / self.steps)
+        self.since_log = [self.since_log[0] + self.steps, self.since_log[1] + spent]
         self.stalls.append(float(stalls.max()))
         record = {"step": step, "seconds_per_step": spent / self.steps, "stall": self.stalls[-1]}
         record |= {"checkpoint": self.saved}
@@ -145,6 +153,28 @@ class Timings:
             self.straggles.append(float(busy.max() - np.median(busy)))
             record |= {"straggler": int(busy.argmax()), "straggle": self.straggles[-1]}
         self.saved = 0.0
+        self._write(record)
+
+    def computed(self, step: int, needed: float, executed: float) -> None:
+        """Turns FLOPs into rates; call where a log line is written.
+
+        Args:
+          step: the last one.
+          needed: FLOPs of a whole step that the plan needs: forward, and twice as many for the gradients.
+          executed: FLOPs that were executed, counted alike; what is computed again in the backward pass is not.
+        """
+        steps, seconds = self.since_log
+        self.since_log = [0, 0.0]
+        if not steps:
+            return
+        rates = {"needed": needed * steps / seconds, "executed": executed * steps / seconds}
+        record = {"step": step, **{f"flops_{which}_per_second": r for which, r in rates.items()}}
+        if self.peak:
+            self.mfu.append(rates["needed"] / self.peak)
+            record |= {"mfu": self.mfu[-1], "mfu_executed": rates["executed"] / self.peak}
+        self._write(record)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
         if self.stream:
             self.stream.write(json.dumps(record) + "\n")
             self.stream.flush()
@@ -156,6 +186,7 @@ class Timings:
             "input_stall": self.stalls,
             "checkpoint_seconds": self.saves,
             "straggle_seconds": self.straggles,
+            "mfu": self.mfu,
         }
         return {name: statistics.median(values) for name, values in figures.items() if values}
 

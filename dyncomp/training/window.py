@@ -61,6 +61,11 @@ class Window:
         sums[0] += total
         sums[1] += count
 
+    @property
+    def steps(self) -> int:
+        """How many are summed."""
+        return int(self.means.get("loss", [0.0, 0.0])[1])
+
     def counts(self) -> dict[str, Count]:
         """Events so far, for a `Ledger`."""
         return {path: Count(np.array(n), np.array(e)) for path, (n, e) in self.events.items()}

@@ -46,7 +46,8 @@ def same(a, b):
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
-    summary = quiet(make_run(eval_every=6), tmp_path, config_text="x = 1\n")
+    run = make_run(eval_every=6)
+    summary = quiet(run, tmp_path, config_text="x = 1\n")
     names = ("config.gin", "metrics.jsonl", "timings.jsonl", "environment.json", "summary.json")
     assert all((tmp_path / name).exists() for name in names)
     assert [(r["step"], r["split"]) for r in lines(tmp_path)] == [
@@ -57,6 +58,14 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     losses = [r["loss"] for r in lines(tmp_path) if r["split"] == "train"]
     assert all(map(math.isfinite, losses))
     assert summary["memory"]["xla_bytes"] > 0
+    # FLOPs a second, by the figures of metrics.jsonl: three times the forward pass
+    stretches = [json.loads(line) for line in (tmp_path / "timings.jsonl").open()]
+    rate = next(r for r in stretches if "flops_needed_per_second" in r)
+    each = next(r["flops_needed"] for r in lines(tmp_path) if r["split"] == "train")
+    two, three = (r["seconds_per_step"] for r in stretches[:2])  # a save, and the log line
+    assert rate["step"] == 3
+    flops = rate["flops_needed_per_second"] * (2 * two + three)
+    assert flops == pytest.approx(3 * 3 * each * run.batch_size)
     with np.load(tmp_path / "decisions.npz") as found:
         np.testing.assert_array_equal(found["gate/live"], found["inputs"][:, 0] > 0)
     # Independent of the loop: the test error of the restored parameters, in numpy.

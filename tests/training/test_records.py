@@ -1,10 +1,44 @@
-"""The progress bar, as a reader sees it."""
+"""The progress bar, as a reader sees it, and rates."""
 
 import io
+import json
 
+import pytest
 from rich.console import Console
 
-from dyncomp.training.records import Bar
+from dyncomp.parallel.roofline import peak_flops
+from dyncomp.training import records
+from dyncomp.training.records import Bar, Timings
+
+
+def test_flops_a_second_since_the_last_log_line(tmp_path, monkeypatch):
+    """Two stretches of 2 and 3 steps that took 4 and 6 seconds: 10 seconds for 5 steps of 30 FLOPs, 15 a second."""
+    now = iter([0.0, 4.0, 10.0, 16.0, 20.0, 21.0])
+    monkeypatch.setattr(records.time, "perf_counter", lambda: next(now))
+    timings = Timings(tmp_path / "timings.jsonl", peak=60.0)
+    for step, steps, reset in ((2, 2, True), (5, 3, True), (6, 1, False)):
+        for _ in range(steps):
+            timings.count()
+        timings.pause(step)
+        if step > 2:
+            timings.computed(step, 30.0, 45.0)
+        if reset:
+            timings.reset()
+    timings.close()
+    told = [json.loads(line) for line in (tmp_path / "timings.jsonl").open()]
+    rates = [record for record in told if "mfu" in record]
+    wanted = {
+        "step": 5, "flops_needed_per_second": 15.0, "flops_executed_per_second": 22.5, "mfu": 0.25,
+        "mfu_executed": 0.375,
+    }  # fmt: skip
+    assert rates[0] == pytest.approx(wanted)
+    assert rates[1]["mfu"] == pytest.approx(0.5) and timings.medians()["mfu"] == 0.375
+
+
+def test_peaks_by_what_jax_calls_a_device():
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v4") == 275e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("cpu") is None
 
 
 def test_the_bar_names_the_run_and_shows_steps_rate_and_loss():
