@@ -246,10 +246,10 @@ class UViT(nn.Module):
 
     def predict(self, x: Float[Array, "*n t d"]) -> Float[Array, "*m"]:
         """The noise, float32 [*n h w c], that the head reads from the output of any block."""
-        tokens = x[..., 1:, :]
-        flat = tokens.reshape(-1, *tokens.shape[-2:])
-        images = self.head(flat)
-        return images.reshape(*x.shape[:-2], *images.shape[1:])
+        # The batch goes before what else leads (blocks): merged behind it, a mesh could not keep it split.
+        tokens = jnp.moveaxis(x[..., 1:, :], -3, 0)
+        images = self.head(tokens.reshape(-1, *tokens.shape[-2:]))
+        return jnp.moveaxis(images.reshape(*tokens.shape[:-2], *images.shape[1:]), 0, -4)
 
     def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Any]:
         """Prices: ``embed`` and ``head`` an image, the groups' events as everywhere."""
@@ -268,5 +268,5 @@ def unpatched(rows: Float[Array, "*n t m"], patch: int) -> Float[Array, "*k"]:
     """Square images [*n h w c] from their patches; inverse of `vit.patches`."""
     lead, (t, m) = rows.shape[:-2], rows.shape[-2:]
     side, c = round(t**0.5), m // patch**2
-    grid = rows.reshape(-1, side, side, patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    grid = rows.reshape(*lead, side, side, patch, patch, c).swapaxes(-4, -3)
     return grid.reshape(*lead, side * patch, side * patch, c)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dyncomp.attention import Attention
 from dyncomp.core.errors import DyncompError
@@ -223,6 +224,20 @@ def test_patches_there_and_back():
     images = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 4, 4, 2)).astype(np.float32))
     rows = jnp.stack([patches(one, 2) for one in images])
     np.testing.assert_array_equal(unpatched(rows, 2), images)
+
+
+def test_a_split_batch_is_never_gathered(model, variables):
+    """The head reads all blocks at once: a merged axis with the blocks outside could not stay split."""
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    images, times = jax.device_put((IMAGES, TIMES), split)
+    run = jax.jit(lambda v, x, t: layout.apply(model, v, x, t, method="denoise"))
+    text = run.lower(variables, images, times).compile().as_text()
+    assert "all-reduce(" not in text and "all-gather(" not in text
+    for ours, whole in zip(
+        run(variables, images, times), run(variables, IMAGES, TIMES), strict=True
+    ):
+        np.testing.assert_allclose(ours, whole, atol=1e-5)
 
 
 def test_probe_option_changes_parameters_and_price():
