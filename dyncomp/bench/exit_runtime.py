@@ -66,7 +66,7 @@ def executors(name: str, quick: bool) -> dict[str, Any]:
     inputs = subject.draw(batch, 3)
     host = HostExecutor(subject.net, inputs, capacity=batch)
     begin = time.perf_counter()
-    host.warm_up()
+    host.warm_up().tune()
     warm = {"seconds": time.perf_counter() - begin, "programs": host.compilations}
     ways: dict[str, Callable[[Any], Executed]] = {
         f"host/{batch}": host,
@@ -190,7 +190,7 @@ def against(name: str) -> dict[str, Any]:
     """Pairs of seconds (ours, PyTorch) for a batch, and for the same queues."""
     subject = planted(name, quick=False)
     inputs = subject.draw(BATCH, 3)
-    host = HostExecutor(subject.net, inputs, capacity=BATCH).warm_up()
+    host = HostExecutor(subject.net, inputs, capacity=BATCH).warm_up().tune()
     theirs = exit_peer.batches(name, subject, BATCH)
     mine, other = host(inputs), theirs(inputs)
     agree = float((mine.exits == other.exits).mean())

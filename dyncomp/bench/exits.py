@@ -149,7 +149,7 @@ def _row(name: str, rule: str, batch: int, pairs: int) -> dict[str, Any]:
     images = _images(max(batch, IMAGES), 2)
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     form, full = full_network(size, variables, parts[0])
-    host = HostExecutor(net, parts[0], capacity=batch).warm_up()
+    host = HostExecutor(net, parts[0], capacity=batch).warm_up().tune()
     results = [host(part) for part in parts]
     needed, executed = (sum(r.ledger.total(w) for r in results) for w in ("needed", "executed"))
     dense = len(images) * full_flops(size, images.shape)

@@ -65,8 +65,9 @@ def executed(
     rows: np.ndarray,
 ) -> Executed:
     """The result, with a warning where a score was not a number: such an example did not leave there."""
-    deciding = np.asarray([graph.decides(index) for index in range(graph.end)])
-    warn_of_nan(np.any(np.isnan(scores) & (visits > 0) & deciding, axis=1))
+    lost = np.isnan(scores)
+    if lost.any():  # also where a segment was not run
+        warn_of_nan(np.any(lost & (visits > 0) & graph.deciding, axis=1))
     return Executed(outputs, exits, scores, visits, rows, prices, graph.names)
 
 

@@ -1,6 +1,7 @@
 """Where examples may go after each segment: the control graph of a decided network, static and checked once."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ class Graph:
         """How many passes over all segments in order bring every example to the end."""
         return 1 + sum(trips - 1 for trips in self.trips if trips)
 
-    @property
+    @functools.cached_property
     def chain(self) -> bool:
         """Whether every segment leads to the next or to the end: then all that go on wait at one segment."""
         return all({*row} <= {i + 1, self.end} for i, row in enumerate(self.targets))
@@ -62,6 +63,11 @@ class Graph:
     def decides(self, index: int) -> bool:
         """Whether more than one segment may follow."""
         return len(self.targets[index]) > 1
+
+    @functools.cached_property
+    def deciding(self) -> np.ndarray:
+        """bool [s], `decides` of every segment."""
+        return np.asarray([self.decides(index) for index in range(self.end)])
 
     def ends(self, index: int) -> bool:
         """Whether all leave after it."""
@@ -80,7 +86,7 @@ class Graph:
         if len(targets) == 1:
             return xp.full(route.shape, targets[0], xp.int32)
         last = len(targets) - 1
-        choice = xp.clip(route.astype(xp.int32), 0, last)
+        choice = xp.minimum(xp.maximum(route.astype(xp.int32), 0), last)  # numpy's clip is slow
         if self.trips[index]:
             choice = xp.where(runs >= self.trips[index], last, choice)
         return targets[choice]

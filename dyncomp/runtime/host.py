@@ -8,7 +8,8 @@ import numpy as np
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.runtime.alone import Alone
-from dyncomp.runtime.buckets import powers_of_two, split
+from dyncomp.runtime.buckets import powers_of_two
+from dyncomp.runtime.everyone import Everyone
 from dyncomp.runtime.executed import Executed, executed
 from dyncomp.runtime.flat import Flat, flatten, refuse_tracers
 from dyncomp.runtime.graph import Graph
@@ -30,7 +31,7 @@ class HostExecutor(Driven):
       example: one batch of inputs (numpy or array); only shape and dtype of its rows are read.
       capacity: largest batch; larger ones raise.
       buckets: ascending row counts to compile; default powers of two up to ``capacity``.
-      launch: fixed cost of a launch in rows, see `buckets.split`.
+      launch: fixed cost of a launch in rows, see `buckets.launch_costs`; `tune` measures instead.
       speculate: start the next segment on the same rows before a decision is read. Hides the wait where few leave;
         the rows of those that leave are run in vain. None does so after segments that fewer than one in 200 left of
         late, and lets a chain with ``capacity`` 1 be one program (`Alone`).
@@ -59,22 +60,42 @@ class HostExecutor(Driven):
         launch: int,
         speculate: bool | None,
     ) -> None:
-        self.capacity, self.launch, self.speculate = capacity, launch, speculate
-        self._programs = Programs(flat, capacity, sizes)
-        lone = capacity == 1 and flat.graph.chain and speculate is None
-        self._alone = Alone(flat) if lone else None
+        self.capacity, self.speculate = capacity, speculate
+        self._programs = Programs(flat, capacity, sizes, launch)
+        self._whole = flat.graph.chain and speculate is None and sizes[-1] == capacity
+        self._alone = Alone(flat) if self._whole and capacity == 1 else None
+        self._everyone: Everyone | None = None
         self._lately = np.zeros((flat.graph.end, 2))  # who ran each segment, who left after it
 
     @property
     def compilations(self) -> int:
-        """Programs built so far."""
-        return super().compilations + (self._alone is not None and self._alone.compiled)
+        """Programs built so far: at most segments x buckets, and one more by `tune`."""
+        whole = [each for each in (self._alone, self._everyone) if each is not None]
+        return super().compilations + sum(each.compiled for each in whole)
 
     def warm_up(self) -> "HostExecutor":
         """Compiles what calls will run, ahead of time: every segment at every bucket size, or one program (`Alone`)."""
         if self._alone is None:
             return super().warm_up()
         self._alone.warm_up()
+        return self
+
+    def tune(self, repeats: int = 5) -> "HostExecutor":
+        """Fits the executor to this machine; call it after `warm_up`, beside the load that calls will meet.
+
+        Measures what a launch of each size costs, and from now on splits batches by that. A chain gets one more
+        program, all segments for a whole batch, which is taken where of late nearly nobody left (`Everyone`). Results
+        change only as other batch sizes round.
+
+        Args:
+          repeats: runs of every program.
+        """
+        if self._alone is not None:
+            return self
+        self._programs.measure(repeats)
+        if self._whole:
+            self._everyone = Everyone(self._programs.flat, self.capacity)
+            self._everyone.warm_up()
         return self
 
     @classmethod
@@ -100,6 +121,25 @@ class HostExecutor(Driven):
             )
         if self._alone is not None:
             return self._alone(inputs, self.thresholds)
+        if self._everyone is not None and self._nobody_leaves(len(inputs)):
+            return self._learn(self._everyone(inputs, self.thresholds))
+        return self._learn(self._split(inputs))
+
+    def _nobody_leaves(self, rows: int) -> bool:
+        """Whether of late so few left that all segments may as well be one program, for so many rows."""
+        ran, left = self._lately[self.graph.deciding].T
+        padded = self.buckets[-2] if len(self.buckets) > 1 else 0
+        return rows > padded and bool(np.all(ran > RARE * left))
+
+    def _learn(self, ran: Executed) -> Executed:
+        """Remembers how many ran each segment and left after it; older calls count half each time."""
+        at = np.count_nonzero(ran.visits, axis=0)
+        left = np.bincount(ran.exits, minlength=self.graph.end)
+        self._lately = self._lately / 2 + np.stack([at, left], axis=1)
+        return ran
+
+    def _split(self, inputs: np.ndarray) -> Executed:
+        """Segment by segment."""
         walk = _Walk(self.graph, len(inputs))
         ahead: list[Chunk] = []
         while (index := walk.front()) < self.graph.end:
@@ -112,7 +152,6 @@ class HostExecutor(Driven):
             walk.count(chunks[len(begun) :] + ahead)
             for chunk in chunks:
                 walk.read(chunk)
-        self._lately = self._lately / 2 + walk.left()
         return walk.result(self._programs.flat.prices)
 
     def _speculates(self, index: int) -> bool:
@@ -124,7 +163,7 @@ class HostExecutor(Driven):
     def _launch(self, index: int, slots: np.ndarray, inputs: np.ndarray) -> list[Chunk]:
         """Dispatches a segment for all that wait for it before anything is waited for."""
         chunks, start = [], 0
-        for size in split(len(slots), self.buckets, self.launch):
+        for size in self._programs.split(index, len(slots)):
             own = slots[start : start + size]
             start += size
             chunks.append(
@@ -176,11 +215,6 @@ class _Walk:
         self.at[slots[here]] = onward[here]
         self.exits[slots[gone]] = index
         self._read.append((chunk, here, gone))
-
-    def left(self) -> np.ndarray:
-        """int64 [s 2], how many ran each segment, and how many left after it."""
-        ran = np.count_nonzero(self.visits, axis=0)
-        return np.stack([ran, np.bincount(self.exits, minlength=len(ran))], axis=1)
 
     def result(self, prices: tuple[Cost, ...]) -> Executed:
         """Outputs and scores in the order of the inputs."""

@@ -1,12 +1,16 @@
 """Segments compiled ahead of time for a few row counts, on one buffer that holds what is carried of every slot."""
 
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dyncomp.core.errors import DyncompError
+from dyncomp.runtime.buckets import launch_costs, split
 from dyncomp.runtime.flat import Flat
 from dyncomp.runtime.graph import Graph
 
@@ -84,9 +88,13 @@ class Programs:
       flat: the network.
       capacity: slots.
       buckets: ascending row counts.
+      launch: fixed cost of a launch in rows.
+
+    Attributes:
+      costs: of one launch, for each segment and bucket; what `split` goes by.
     """
 
-    def __init__(self, flat: Flat, capacity: int, buckets: Sequence[int]):
+    def __init__(self, flat: Flat, capacity: int, buckets: Sequence[int], launch: int = 4):
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
             raise DyncompError(f"buckets={tuple(buckets)}: give ascending row counts of at least 1")
         if buckets[-1] > capacity:
@@ -94,6 +102,7 @@ class Programs:
         self.flat, self.graph = flat, flat.graph
         self.capacity, self.buckets = capacity, tuple(buckets)
         self.thresholds = np.array(flat.thresholds, np.float32)
+        self.costs = [launch_costs(self.buckets, launch)] * self.graph.end
         self._buffer = [jnp.zeros((capacity, *leaf.shape), leaf.dtype) for leaf in flat.carry]
         self._compiled: dict[tuple[int, int], Any] = {}
 
@@ -122,11 +131,32 @@ class Programs:
         rows[places] = slots
         args = (self.flat.weights[index], self._buffer, rows, self.thresholds[index])
         if index == 0:
-            args += (_placed(inputs, places, size),)
+            args += (padded(inputs, places, size),)
         buffer, *result = self._program(index, size)(*args)
         if not self.graph.ends(index):
             self._buffer = buffer
         return Chunk(index, size, slots, places, *result)
+
+    def split(self, index: int, rows: int) -> tuple[int, ...]:
+        """Bucket sizes, largest first, that take so many rows through a segment at the least cost."""
+        return split(rows, self.buckets, self.costs[index])
+
+    def measure(self, repeats: int) -> None:
+        """Makes ``costs`` median seconds of a launch and its decision."""
+        row = np.zeros((self.capacity, *self.flat.row.shape), self.flat.row.dtype)
+        self.costs = [
+            tuple(self._seconds(index, size, row[:size], repeats) for size in self.buckets)
+            for index in range(self.graph.end)
+        ]
+
+    def _seconds(self, index: int, size: int, inputs: Any, repeats: int) -> float:
+        taken = []
+        for _ in range(repeats + 1):  # the first builds what is built once
+            begin = time.perf_counter()
+            chunk = self.launch(index, size, np.arange(size), inputs if index == 0 else None)
+            jax.block_until_ready((chunk.route, self._buffer))
+            taken.append(time.perf_counter() - begin)
+        return statistics.median(taken[1:])
 
     def _program(self, index: int, bucket: int) -> Any:
         key = (index, bucket)
@@ -136,7 +166,7 @@ class Programs:
         return self._compiled[key]
 
 
-def _placed(inputs: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+def padded(inputs: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
     """Inputs at their places among ``size`` rows; copies of a real one elsewhere, so that padding is never odd."""
     if np.array_equal(places, np.arange(size)):
         return inputs

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.runtime.buckets import powers_of_two, split
+from dyncomp.runtime.buckets import powers_of_two
 from dyncomp.runtime.executed import warn_of_nan
 from dyncomp.runtime.flat import Flat, flatten, refuse_tracers
 from dyncomp.runtime.programs import Chunk, Driven, Programs
@@ -207,7 +207,7 @@ class StreamExecutor(Driven):
         return index if self._clock() - since > self.max_wait else None
 
     def _launch(self, index: int, count: int) -> None:
-        size = split(count, self._programs.buckets)[0]
+        size = self._programs.split(index, count)[0]
         members = self._queues[index].take(min(count, size))
         inputs, slots = None, np.asarray(members)
         if index == 0:

@@ -16,7 +16,7 @@ from dyncomp.experts import MLP
 from dyncomp.models import Block, Group, VisionTransformer, layout
 from dyncomp.models.exiting import ExitingClassifier
 from dyncomp.runtime import HostExecutor, MaskedExecutor, Segment, Segmented, from_model
-from dyncomp.runtime.buckets import powers_of_two, split
+from dyncomp.runtime.buckets import launch_costs, powers_of_two, split
 
 DEPTH = 4
 
@@ -162,16 +162,18 @@ def test_hand_written_segments():
 
 def test_split_uses_existing_buckets_before_padding():
     buckets = powers_of_two(64)
-    assert split(22, buckets) == (16, 8)
-    assert split(64, buckets) == (64,) and split(1, buckets) == (1,) and split(0, buckets) == ()
+    costs = launch_costs(buckets)
+    assert split(22, buckets, costs) == (16, 8)
+    assert [split(rows, buckets, costs) for rows in (64, 1, 0)] == [(64,), (1,), ()]
     for rows in range(1, 100):
-        chosen = split(rows, buckets)
+        chosen = split(rows, buckets, costs)
         # Brute force over one, two and three launches.
         options = [(a, b, c) for a in (0, *buckets) for b in (0, *buckets) for c in buckets]
         fits = [o for o in options if sum(o) >= rows]
         price = lambda sizes: sum(size + 4 for size in sizes if size)
         assert sum(chosen) >= rows and price(chosen) <= min(map(price, fits), default=np.inf)
     assert powers_of_two(12) == (1, 2, 4, 8, 12)
+    assert split(3, (1, 2, 4), (1.0, 1.5, 4.0)) == (2, 1)  # as measured, not as counted
 
 
 def test_wrong_descriptions_are_refused(variables):

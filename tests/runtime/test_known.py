@@ -215,6 +215,31 @@ def test_speculates_by_itself_once_nobody_leaves():
     assert [host(INPUTS).executed.tolist() for _ in range(2)] == [[6, 6, 0], [6, 0, 0]]
 
 
+def test_tuned_it_is_one_program_while_nobody_leaves():
+    net, _ = chain(4, 6)
+    host = HostExecutor(net, INPUTS, capacity=6).warm_up()
+    programs, want = host.compilations, MaskedExecutor(net)
+    assert host.tune(1) is host and host.compilations == programs + 1
+    few, all_left, never = [np.inf, 0.0, np.inf, 0.0], [-np.inf] * 4, [np.inf] * 4
+    for thresholds, rows in (
+        (never, 6),
+        (never, 6),
+        (never, 5),
+        (few, 6),
+        (all_left, 6),
+        (never, 2),
+    ):
+        host.thresholds[:] = want.thresholds[:] = thresholds
+        found, other = host(INPUTS[:rows]), want(INPUTS[:rows])
+        np.testing.assert_allclose(found.outputs, other.outputs, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.scores, other.scores, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found.exits, other.exits)
+        np.testing.assert_array_equal(found.visits, other.visits)
+        whole = found.executed.tolist() == [6] * 4
+        assert whole == (rows > 4 and thresholds != all_left), (thresholds, rows)
+    assert host.compilations == programs + 1
+
+
 def test_a_lone_example_is_one_program(tmp_path):
     net, _ = chain(4, 6)
     net.thresholds[:] = [np.inf, 0.0, np.inf, 0.0]
