@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,22 @@ class Seen:
 
 
 def curves(
-    folder: str, dtype: FloatName, quick: bool, coordinator: str, processes: int, process: int
+    folder: str,
+    dtype: FloatName,
+    kinds: Sequence[str],
+    quick: bool,
+    coordinator: str,
+    processes: int,
+    process: int,
 ) -> dict[str, Any]:
-    """Every kind on every mesh of all devices; one process of the job first trains on one of its devices alone.
+    """Kinds of models, each on every mesh of all devices; one process of the job first trains on one of its devices alone.
 
     Returns:
       Kind -> ``alone``: losses by seed; ``meshes``: name -> ``losses``, ``gradients`` (largest
       difference of an element as a share of its parameter's largest), ``epochs`` (each example once an epoch).
     """
     _join(coordinator, processes, process)
-    return {kind: _curves(kind, dtype, Path(folder), quick) for kind in KINDS}
+    return {kind: _curves(kind, dtype, Path(folder), quick) for kind in kinds}
 
 
 def _curves(kind: str, dtype: FloatName, folder: Path, quick: bool) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dyncomp.training import Run
 from dyncomp.training.optimizers import Optimizer
 
 KINDS = ("dense", "moe", "exits")
+QUICK_KINDS = ("moe",)
 DEVICES, STEPS, BATCH, CONTEXT, EXAMPLES = 8, 50, 8, 8, 128
 D, HIDDEN, HEADS, DEPTH = 32, 32, 8, 2
 EXPERTS, P, MAX_P = 8, 0.2, 0.2

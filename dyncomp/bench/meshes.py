@@ -18,7 +18,7 @@ import numpy as np
 
 from dyncomp.bench import fresh, timing
 from dyncomp.bench.mesh_job import once_an_epoch
-from dyncomp.bench.mesh_runs import DEVICES, KINDS, STEPS
+from dyncomp.bench.mesh_runs import DEVICES, KINDS, QUICK_KINDS, STEPS
 
 LAYOUTS = (1, 2, 4)
 """Processes that share the devices. Several take one mesh a model: its program is that of one process."""
@@ -50,7 +50,7 @@ Losses = Sequence[float]
 def rows(
     quick: bool, workdir: Path | None = None, dtypes: Sequence[str] = DTYPES
 ) -> list[dict[str, Any]]:
-    """A row a model, layout and rule, the worst of its meshes; ``quick``: float64, one process, one mesh a model.
+    """A row a model, layout and rule, the worst of its meshes; ``quick``: float64, one process, experts on one mesh.
 
     Args:
       workdir: keeps what each job found; jobs that are found there are not run again (the whole takes an hour).
@@ -61,11 +61,12 @@ def rows(
         folder.mkdir(parents=True, exist_ok=True)
         made = []
         for dtype in DTYPES[:1] if quick else dtypes:
-            jobs = {}
+            jobs, kinds = {}, QUICK_KINDS if quick else KINDS
             for count in LAYOUTS[:1] if quick else LAYOUTS:
-                words = {"folder": str(folder), "dtype": dtype, "quick": quick or count > 1}
+                words = {"folder": str(folder), "dtype": dtype, "kinds": kinds}
+                words["quick"] = quick or count > 1
                 jobs[count] = _job("curves", words, folder, count, DEVICES // count)
-            alone = {kind: list(jobs[1][kind]["alone"].values()) for kind in KINDS}
+            alone = {kind: list(jobs[1][kind]["alone"].values()) for kind in kinds}
             for count, job in jobs.items():
                 made += _curve_rows(dtype, count, job, alone)
             for name in [] if quick else list(RESUMED)[: 2 if dtype == "float64" else 1]:
@@ -110,7 +111,7 @@ def of_spread(losses: Losses, seeds: Sequence[Losses]) -> float:
 def _curve_rows(dtype: str, count: int, job: Any, alone: Any) -> list[dict[str, Any]]:
     made = []
     where = f"{count}x{DEVICES // count}"
-    for kind in KINDS:
+    for kind in job:
         meshes, seeds = job[kind]["meshes"], alone[kind]
         losses = {name: mesh["losses"] for name, mesh in meshes.items()}
         if dtype == "float64":
@@ -123,7 +124,7 @@ def _curve_rows(dtype: str, count: int, job: Any, alone: Any) -> list[dict[str, 
         made.append(_row(f"{kind}/gradients/{where}", gradients, CLOSE, SAID["gradients"]))
         each = {name: of_spread(curve, seeds) for name, curve in losses.items()}
         made.append(_row(f"{kind}/float32/{where}", each, 1.0, SAID["float32"]))
-    once = [mesh["epochs"] for kind in KINDS for mesh in job[kind]["meshes"].values()]
+    once = [mesh["epochs"] for found in job.values() for mesh in found["meshes"].values()]
     return [*made, _share(f"epochs/{dtype}/{where}", once)]
 
 
