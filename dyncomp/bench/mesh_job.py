@@ -58,7 +58,7 @@ def curves(
     processes: int,
     process: int,
 ) -> dict[str, Any]:
-    """Kinds of models, each on every mesh of all devices; one process of the job first trains on one of its devices alone.
+    """Models on every mesh of all devices; one process of the job first trains on one of its devices alone.
 
     Returns:
       Kind -> ``alone``: losses by seed; ``meshes``: name -> ``losses``, ``gradients`` (largest
