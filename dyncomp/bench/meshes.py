@@ -8,6 +8,7 @@ example is read once an epoch. Runs saved on some devices go on on others.
 
 import contextlib
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -129,8 +130,10 @@ def _curve_rows(dtype: str, count: int, job: Any, alone: Any) -> list[dict[str, 
 
 
 def _resumed(folder: Path, name: str, dtype: str, alone: Any) -> list[dict[str, Any]]:
-    """A run in parts, each on what `RESUMED` says."""
+    """A run in parts, each on what `RESUMED` says; begun anew where it was left half way."""
     parts, start = [], 0
+    if len(list(folder.glob("part-*.json"))) < len(ENDS):
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     for (processes, devices), stop in zip(RESUMED[name], ENDS, strict=True):
         words = {"folder": str(folder), "dtype": dtype, "start": start, "stop": stop}
