@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dyncomp.core.errors import DyncompError
@@ -73,8 +74,12 @@ class MeshSpec:
         """The mesh on ``devices`` (default: all of this program)."""
         devices = jax.devices() if devices is None else list(devices)
         sizes = self.sizes(len(devices))
-        shape = tuple(sizes[axis] for axis in AXES)
-        return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+        shape, types = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
+        try:
+            return jax.make_mesh(shape, AXES, types, devices=devices)
+        except NotImplementedError:  # an axis of 8 on a torus of 4 x 4 x 4: part of a physical one
+            placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(placed, AXES, axis_types=types)
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:

@@ -182,6 +182,14 @@ tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no 
 
 
 @tpu
+def test_an_axis_may_be_part_of_a_physical_one():
+    """8 is no product of a subset of 4, 4 and 4."""
+    mesh = MeshSpec(data=1, fsdp=8, expert=8).build(find("v5p:4x4x4").devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1, "expert": 8}
+    assert len(set(mesh.devices.flat)) == 64
+
+
+@tpu
 @pytest.mark.peers
 @pytest.mark.parametrize("spec", [MeshSpec(), MeshSpec(fsdp=2, tensor=2)])
 def test_mixture_of_experts_compiles_for_four_tpu_chips(spec):
