@@ -22,8 +22,15 @@ SLICES = {
 SEQUENCES = 2
 """A chip and step."""
 
+WIDEST = 32
+"""Parameters of `dense` have 4,096 columns: split further, a shard is narrower than the 128 lanes of a tile."""
+
 MODELS = {
-    "dense": ("dynamic_logits_fusion_paper", lambda chips: f"data=1,fsdp={chips}"),
+    "dense": (
+        "dynamic_logits_fusion_paper",
+        lambda chips: f"data={max(1, chips // WIDEST)},fsdp={min(WIDEST, chips)}",
+    ),
+    "dense, all split": ("dynamic_logits_fusion_paper", lambda chips: f"data=1,fsdp={chips}"),
     "experts": ("moe_plus_plus_paper", lambda chips: f"data=1,fsdp={chips // 8},expert=8"),
 }
 
