@@ -36,8 +36,8 @@ def faults():
         "| `bench faults` | faults | seconds until the job ended, shortest to longest | verdict |",
         "|---|---|---|---|",
         *(
-            f"| `{row['id'].partition('/')[2]}` | {row['runs']} | {min(row['seconds']):.0f} to "
-            f"{max(row['seconds']):.0f} | {VERDICTS[row['holds']]} |"
+            f"| `{row['id'].partition('/')[2]}` | {row['runs']} | {min(row['seconds']):.1f} to "
+            f"{max(row['seconds']):.1f} | {VERDICTS[row['holds']]} |"
             for row in rows("faults")
         ),
         "",

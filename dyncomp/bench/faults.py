@@ -53,6 +53,10 @@ training.Run.capture = False
 KINDS = ("worker", "coordinator", "stopped")
 PROCESSES, FAULTS, MOST_STEPS = 4, 10, 20
 LIMIT_SECONDS = 60.0
+SAID = (
+    "share of faults after which a job of {processes} processes ended within 60 s with one line and 75, and after "
+    "which it had the bits of one without a fault"
+)
 LOST = r"process (\d+) of (\d+) was lost \(.*\); (step \d+|nothing) is saved in .*; run the same .* to go on"
 
 
@@ -195,9 +199,9 @@ def rows(quick: bool) -> list[dict[str, Any]]:
             share,
             (share, share),
             goal=1.0,
-            relation="ends within 60 s with one line and 75; all bits equal",
+            relation=">=",
             holds=not result.wrong,
-            reference=f"the same run of {processes} processes without a fault",
+            reference=SAID.format(processes=processes),
             runs=len(result.seconds),
             seconds=result.seconds,
             wrong=result.wrong,
