@@ -159,8 +159,8 @@ Collective bytes are the compiler's; time and efficiency are the **model's**.
 
 More than 32 ways is worse than copies: shards of 4,096 columns are then narrower than the 128 lanes of a tile, and the
 programs hold no all-gather any more, only all-reduces that send half as much again (our reading: zero-padded shards are
-added up). Up to 32 chips products are cut into pieces that run beside permutes, whose bytes shrink with the shards: hence
-efficiencies above 1.
+added up). Up to 32 chips products are cut into pieces that run beside permutes, whose bytes shrink with the shards:
+hence efficiencies above 1.
 
 Assumptions of the interconnect: every collective goes round one dimension of the torus at the links' published peak
 (v5p: 1.2 TB/s a chip, both ways, over three dimensions: 200 GB/s sent along one), although XLA may use all three; each
