@@ -64,7 +64,7 @@ def rows(
         for dtype in DTYPES[:1] if quick else dtypes:
             jobs, kinds = {}, QUICK_KINDS if quick else KINDS
             for count in LAYOUTS[:1] if quick else LAYOUTS:
-                words = {"folder": str(folder), "dtype": dtype, "kinds": kinds}
+                words: dict[str, Any] = {"folder": str(folder), "dtype": dtype, "kinds": kinds}
                 words["quick"] = quick or count > 1
                 jobs[count] = _job("curves", words, folder, count, DEVICES // count)
             alone = {kind: list(jobs[1][kind]["alone"].values()) for kind in kinds}
