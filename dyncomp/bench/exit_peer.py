@@ -47,7 +47,7 @@ class TorchPrograms:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.graph, self.buckets, self.flat = ours.graph, ours.buckets, ours.flat
-        self.thresholds, self.compilations = ours.thresholds, 0
+        self.thresholds, self.compilations, self.split = ours.thresholds, 0, ours.split
         self.torch = torch
         self.net = {"vit": Images, "text": Text}[name](torch, subject.params)
         (slot,) = [leaf for leaf in ours.flat.carry if len(leaf.shape) == 2]
