@@ -28,7 +28,7 @@ collectives and kernels are the compiler's word; whether kernels become code was
 `python docs/bench/pods.py`: the train step of each config at its paper's global batch and length, on a pod of 256 chips
 where batch and heads can be split that often, else on the slice that the config's head names and a v5p slice of as many
 chips. `mesh` is how the chips are used; without one it is the config's own. {made} of {jobs} such programs are in the
-table; the command makes the others and passes over these.
+table; the command makes those that are missing.
 
 - GiB: all that XLA allocates in one chip's memory, of 16 (v5e) or 95 (v5p); ours: by our own count, where it knows the
   model (`dyncomp/parallel/memory.py`), else the state alone, with a plus.
