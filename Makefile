@@ -62,7 +62,7 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/pyrefly check
 
 # Tests compile thousands of small programs and run each a few times: so each process finds what another has compiled,
-# and machine code is not optimised (a quarter of the processor time; `make test-peers` and every bench run what users do).
+# and machine code is not optimised (`make test-peers` and every bench run what users do).
 test: lint
 	@compiled=$$(mktemp -d) && trap 'rm -rf "$$compiled"' EXIT && \
 	  JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$$compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
