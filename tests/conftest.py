@@ -9,9 +9,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-if os.environ.get(
-    "JAX_DISABLE_MOST_OPTIMIZATIONS"
-):  # then this is most of what is left of compiling
+# Where machine code is not optimised, XLA's newer fusion emitter is most of what is left of compiling.
+if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS"):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from dyncomp.runtime.executed import Executed, executed
 from dyncomp.runtime.flat import Flat
+from dyncomp.runtime.whole import Whole
 
 
-class Alone:
+class Alone(Whole):
     """Runs single examples through a chain (`Graph.chain`): the branch that goes on holds all that follows.
 
     So nothing is kept up to date between segments, as in loops over any graph, and the host is not asked, which for one
@@ -22,23 +22,7 @@ class Alone:
     """
 
     def __init__(self, flat: Flat):
-        self.flat, self.graph = flat, flat.graph
-        self._call: Any = None
-
-    @property
-    def compiled(self) -> bool:
-        """Whether `warm_up` or a call was."""
-        return self._call is not None
-
-    def warm_up(self) -> None:
-        """Compiles the program."""
-        if not self.compiled:
-            shapes = [self.flat.arguments(index, 1, 1) for index in range(self.graph.end)]
-            thresholds = jax.ShapeDtypeStruct((self.graph.end,), jnp.float32)
-            lowered = jax.jit(self._run).lower(
-                [own for own, *_ in shapes], shapes[0][-1], thresholds
-            )
-            self._call = lowered.compile()
+        super().__init__(flat, 1)
 
     def __call__(self, inputs: np.ndarray, thresholds: np.ndarray) -> Executed:
         """Runs inputs [1 ...] under thresholds [s]."""
@@ -57,15 +41,9 @@ class Alone:
 
     def _run(self, weights: Any, inputs: Any, thresholds: Any) -> tuple[Any, Any, Any]:
         """(output [1 ...], segment it left after, scores [s])."""
-        buffer = [jnp.zeros((1, *leaf.shape), leaf.dtype) for leaf in self.flat.carry]
-        rows = jnp.zeros(1, jnp.int32)
 
         def begin(index: int, buffer: Any, scores: tuple[Any, ...]) -> Any:
-            more = (inputs,) if index == 0 else ()
-            function = self.flat.functions[index](1)
-            buffer, output, route, score = function(
-                weights[index], buffer, rows, thresholds[index], *more
-            )
+            buffer, output, route, score = self._segment(index, weights, buffer, inputs, thresholds)
             scores = (*scores, score.astype(jnp.float32))
 
             def done() -> Any:
@@ -80,4 +58,4 @@ class Alone:
             leaves = self.graph.onward(index, route, 1)[0] == self.graph.end
             return lax.cond(leaves, done, onward)
 
-        return begin(0, buffer, ())
+        return begin(0, self._empty(), ())
