@@ -165,8 +165,8 @@ def _checked(result):
             f"## Kernels against float64 on 1 x {result['gpu']}\n",
             f"`{result['command']}`, run on the device part by part: jax {result['jax']}, driver {result['driver']},",
             f"{result['date']}. Largest error of values and, but for decoding, gradients, of the largest number of its",
-            "array, over random problems. The two Hopper rows: an earlier list of cases in the same script. Forms",
-            "without a row of full float32 were not run in it; the Hopper forms and cuDNN's attention take none.\n",
+            "array, over random problems. Forms without a row of full float32 were not run in it; the Hopper forms",
+            "and cuDNN's attention take none.\n",
             "| form | numbers | problems | largest error |",
             "| --- | --- | --- | --- |",
             *(
@@ -283,7 +283,8 @@ def _models(result):
     """What `models_gpu.py` printed."""
     head = (
         f"## Models on 1 x {result['gpu']}\n\n`python docs/bench/models_gpu.py`, run on the device part by part: "
-        f"jax {result['jax']}, driver {result['driver']}, {result['date']}.\nBackbone: d 2048, "
+        f"jax {result['jax']}, driver {result['driver']}, {result['date']};\nmixtures {result['date_experts']}, "
+        f"the larger network with exits {result['date_exits']}. Backbone: d 2048, "
         "32 heads of 64 on 8 key/value heads, 32,768 tokens of vocabulary, random weights and tokens.\n"
     )
     checked = result["attention"]
@@ -313,8 +314,8 @@ def _trained(rows):
 
 def _mixtures(rows):
     return [
-        "Train steps of four layers, eight experts of 4,096 hidden units (Hopper bank, before its tiles of 128 x 256),",
-        "8 rows of 2,048 tokens; dense: 8,192 hidden units. Realised: (seconds dense / seconds) / (FLOPs dense /",
+        "Train steps of four layers, eight experts of 4,096 hidden units (Hopper bank), 8 rows of 2,048 tokens;",
+        "dense: 8,192 hidden units. Realised: (seconds dense / seconds) / (FLOPs dense /",
         "FLOPs needed). Parameters of all experts pass through AdamW, which the dense network spares:\n",
         "| form | ms a step | tokens/s | FLOPs of dense | realised |",
         "| --- | --- | --- | --- | --- |",
@@ -346,7 +347,7 @@ def _left(rows):
     about = {"wide": "7 blocks, d 256, 50 tokens", "large": "6 blocks, d 1024, 197 tokens"}
     return [
         "The host executor of `dyncomp bench exits`, batch 256, confidence, vision transformers in float32, against",
-        "the full network as one program:\n",
+        "the full network as one program; the larger one with `tune`, which the smaller one was run before:\n",
         "| network | realised | interval | ms with exits | ms full |",
         "| --- | --- | --- | --- | --- |",
         *(

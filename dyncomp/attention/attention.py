@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from dyncomp.attention.attend import attend, attend_seen
 from dyncomp.attention.cache import CacheState, FullCache
 from dyncomp.attention.fused import fused_attention, fused_serves
 from dyncomp.attention.local import on_own_heads
+from dyncomp.attention.ring import ring_attention
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate, rotate_below
 from dyncomp.attention.sampled import Sampled
 from dyncomp.attention.sight import Sight
@@ -22,7 +23,7 @@ from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.norms import rms_norm
-from dyncomp.core.sharding import constrain, param
+from dyncomp.core.sharding import constrain, param, parts
 from dyncomp.core.typing import Array, Bool, Factory, Float, Int, check_factory
 from dyncomp_kernels.dense_matmul.api import dense_matmul
 
@@ -41,6 +42,9 @@ def pair_events(needed: Int[Array, "b"], executed: Array | int) -> dict[str, Cou
         "pair_blocks": count(jnp.sum(blocks), b * (executed // PAIR_BLOCK)),
         "pairs": count(jnp.sum(rest), b * (executed % PAIR_BLOCK)),
     }
+
+
+Across = Literal["ring", "gather"]
 
 
 class Attention(nn.Module):
@@ -67,6 +71,9 @@ class Attention(nn.Module):
       cache: factory of a cache policy, called with ``max_length``.
       pattern: factory of a sparse pattern (`attention.Pattern`) for passes of ``pattern_from`` positions and more;
         shorter ones and single tokens are dense. None for none.
+      across: how positions see those on other devices where the mesh splits sequences (`MeshSpec.sequence`), in dense
+        passes without a cache: "ring" (`ring_attention`: keys go round, nobody holds them all) or "gather" (every
+        device collects all keys and values). Patterns, samplers, caches and ``visible`` gather.
       sampler: factory of sampled attention (`attention.Sampler`): for passes with ``train=True``, and for any pass
         that is given the random stream "dropout" (self-ensembles); all others are as if there were none. Adds the
         event ``draws`` (per token).
@@ -87,6 +94,7 @@ class Attention(nn.Module):
     pattern: Factory | None = None
     pattern_from: int = 2
     sampler: Factory | None = None
+    across: Across = "ring"
     dtypes: DTypes = DTypes()
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
@@ -199,15 +207,23 @@ class Attention(nn.Module):
         if self._sparse_from(t):
             mixed, pairs = self._sparse(q, k, v, sight)
             return mixed, Work(pairs.executed, jnp.broadcast_to(pairs.needed, (b,)))
-        if fused_serves(q, sight, real):
+        if parts("seq") > 1 and sight.visible is None and self.across == "ring":
+            return ring_attention(q, k, v, sight), self._square(b, t, real, sight)
+        if parts("seq") > 1:
+            k, v = (constrain(x, ("batch", None, "kv_heads", None)) for x in (k, v))
+        elif fused_serves(q, sight, real):
             # Tiles above the diagonal are skipped; those on it count by their seen half.
             pairs = t * (t + 1) // 2 if self.causal else t * t
             mixed = fused_attention(q, k, v, self.causal)
             return mixed, Work(jnp.int32(pairs), jnp.full((b,), pairs, jnp.int32))
         everything = real is None and sight.visible is None and not self.causal
         mixed = attend(q, k, v, None if everything else sight.all())
+        return mixed, self._square(b, t, real, sight)
+
+    def _square(self, b: int, t: int, real: Array | None, sight: Sight) -> Work:
+        """Every query with every key, of which dense attention needs some."""
         seen = None if self.window is None and sight.visible is None else sight
-        return mixed, Work(jnp.int32(t * t), self._dense(b, t, real, jnp.int32(0), seen))
+        return Work(jnp.int32(t * t), self._dense(b, t, real, jnp.int32(0), seen))
 
     def _cached(self, cache, asked: Asked, visible) -> tuple[CacheState, Array, Work]:
         """As the cache's policy attends, with the pairs needed where it does not say."""

@@ -4,6 +4,8 @@ Batches are compacted to exactly those that stay, as PyTorch does without compil
 """
 
 import importlib.util
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,19 +39,40 @@ def stream(name: str, subject: Planted, batch: int) -> StreamExecutor:
     return made
 
 
+def full(name: str, subject: Planted) -> Callable[[np.ndarray], np.ndarray]:
+    """All blocks and the last head: batch -> logits."""
+    import torch  # pyrefly: ignore
+
+    net, last = _net(name, subject), len(subject.net.segments) - 1
+
+    def call(inputs: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            x = net.embed(torch.from_numpy(inputs))
+            for index in range(last + 1):
+                x = net.block(index, x)
+            return net.classify(last, x).numpy()
+
+    return call
+
+
+def _net(name: str, subject: Planted) -> Any:
+    """The network on as many threads as this process may use cores."""
+    import torch  # pyrefly: ignore
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return {"vit": Images, "text": Text}[name](torch, subject.params)
+
+
 class TorchPrograms:
     """What `runtime.programs.Programs` does, eagerly in PyTorch on one buffer of slots."""
 
     def __init__(self, name: str, subject: Planted, ours: Any):
-        import os
-
         import torch  # pyrefly: ignore
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.graph, self.buckets, self.flat = ours.graph, ours.buckets, ours.flat
         self.thresholds, self.compilations, self.split = ours.thresholds, 0, ours.split
         self.torch = torch
-        self.net = {"vit": Images, "text": Text}[name](torch, subject.params)
+        self.net = _net(name, subject)
         (slot,) = [leaf for leaf in ours.flat.carry if len(leaf.shape) == 2]
         self._buffer = torch.zeros((ours.capacity, *slot.shape))
 

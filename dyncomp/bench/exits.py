@@ -13,6 +13,8 @@ By wall time on all cores, pairs interleaved; every pair runs the same images on
 
 import dataclasses
 import functools
+import itertools
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, get_args
@@ -80,12 +82,10 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     """One row a size, rule and batch, then those of `exit_runtime`; ``quick`` takes the smaller size and one batch."""
     sizes = ("laptop",) if quick else tuple(SIZES)
     batches = QUICK_BATCHES if quick else BATCHES
-    found = [
-        _row(name, rule, batch, QUICK_PAIRS if quick else PAIRS)
-        for name in sizes
-        for rule in RULES
-        for batch in batches
-    ]
+    found = []
+    for name, rule, batch in itertools.product(sizes, RULES, batches):
+        print(f"exits/{name}/{rule}/batch_{batch} ...", file=sys.stderr, flush=True)
+        found.append(_row(name, rule, batch, QUICK_PAIRS if quick else PAIRS))
     return found + exit_runtime.rows(quick)
 
 

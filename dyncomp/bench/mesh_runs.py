@@ -88,10 +88,12 @@ def shapes(kind: str, quick: bool) -> dict[str, MeshSpec]:
     """Name -> every mesh of `DEVICES` devices; with ``quick`` one of three axes.
 
     Experts are split on each (expert parallel); where they are not, a mesh does to them what it does to a dense unit.
+    Sequences are split on every mesh of the dense model and on one of experts; images have five positions.
     """
     found, experts = {}, kind == "moe"
-    for sizes in meshes(DEVICES, BATCH, experts):
-        if experts and sizes["expert"] == 1:
+    length = 1 if kind == "exits" else CONTEXT
+    for sizes in meshes(DEVICES, BATCH, experts, length):
+        if experts and (sizes["expert"] == 1 or sizes["sequence"] > sizes["data"]):
             continue
         name = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
         found[name] = MeshSpec(**sizes, rules=None)

@@ -6,6 +6,7 @@ mesh axis a name means is decided above, in one table.
 
 import contextlib
 import contextvars
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -65,12 +66,35 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def parts(name: str) -> int:
+    """Into how many parts the current mesh splits a logical axis; 1 without a mesh or inside a `local_op`."""
+    mesh = current_mesh()
+    return 1 if mesh is None or mesh.manual_axes else _size(mesh, to_spec((name,))[0])
+
+
+def _size(mesh: jax.sharding.AbstractMesh, axes: MeshAxes) -> int:
+    return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
 def constrain(x: Array, names: AxisNames) -> Array:
-    """Asks for the layout that the rules give ``names``; identity without a mesh or inside a `local_op`."""
+    """Asks for the layout that the rules give ``names``; identity without a mesh or inside a `local_op`.
+
+    A dimension of 1 (the position of a decode step) stays whole.
+
+    Raises:
+      DyncompError: a dimension is not a multiple of its part of the mesh.
+    """
     mesh = current_mesh()
     if mesh is None or mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, to_spec(names))
+    spec = to_spec([name if size > 1 else None for name, size in zip(names, x.shape, strict=True)])
+    for name, size, axes in zip(names, x.shape, spec, strict=True):
+        if size % (ways := _size(mesh, axes)):
+            raise DyncompError(
+                f"axis {name!r} has {size} entries, not a multiple of mesh axis {axes!r}={ways}; change the size or "
+                f"the mesh, or set MeshSpec.rules = {{{name!r}: None}}"
+            )
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def local_op(

@@ -149,7 +149,8 @@ def _rows(sizes: Sizes, backward: bool) -> int:
 
 def sizes_of(model: Any, program: Any, mesh: Mesh) -> Sizes | None:
     """Lengths, or None for another model than `predict_memory` knows."""
-    if not isinstance(model, DecoderLM) or len(model.groups) != 1 or model.layers != "scan":
+    known = isinstance(model, DecoderLM) and len(model.groups) == 1 and model.layers == "scan"
+    if not known or mesh.shape["sequence"] > 1:
         return None
     (group,) = model.groups
     if len(group.blocks) != 1:

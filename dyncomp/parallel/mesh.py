@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dyncomp.core.errors import DyncompError
 
-AXES = ("data", "fsdp", "tensor", "expert")
+AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 """Names of the mesh axes, slowest first."""
 
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -25,6 +25,8 @@ class MeshSpec:
     Attributes:
       data: copies of the parameters, each with its own part of the batch.
       fsdp: parts of the parameters and optimizer state, gathered for use; also splits the batch.
+      sequence: parts of every sequence's activations; does not split the batch, and parameters are whole on it. How
+        positions see those of other devices is `attention.Attention.across`.
       tensor: parts of each matrix product (heads, hidden units, vocabulary); does not split the batch.
       expert: parts of the stacked expert weights; also splits the batch.
       rules: changes to the table of `dyncomp.parallel.rules`, e.g. ``{"kv_heads": None}``.
@@ -32,6 +34,7 @@ class MeshSpec:
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
     expert: int = 1
     rules: Mapping[str, Any] | None = None

@@ -17,9 +17,10 @@ from dyncomp.parallel.mesh import AXES, BATCH_AXES
 RULES: Mapping[str, MeshAxes] = {
     # activations
     "batch": BATCH_AXES,
-    "seq": None,
+    "seq": "sequence",
     "rows": (
         *BATCH_AXES,
+        "sequence",
         "tensor",
     ),  # flattened (batch, seq) inside a local_op: every device has its own
     # parameters (and the widths of activations; an axis that the batch already uses is skipped there)

@@ -20,7 +20,8 @@ from dyncomp.parallel.topology import Topology
 def candidates(run: Any, where: Topology) -> list[MeshSpec]:
     """Meshes that divide the batch and every parameter, on which a device holds its part of the state; likeliest first.
 
-    The fewer parts a matrix product is split into, the likelier: a tensor axis sends activations in every layer.
+    The fewer parts a matrix product is split into, the likelier: a tensor axis sends activations in every layer. The
+    sequence is split only where there are fewer sequences than devices.
 
     Args:
       run: `dyncomp.training.Run`.
@@ -33,7 +34,8 @@ def candidates(run: Any, where: Topology) -> list[MeshSpec]:
     rules = run.mesh.rules if run.mesh else None
     batch = run.batch_size // run.accumulate
     found, reason = [], f"none divides a batch of {batch}"
-    for sizes in meshes(len(where.devices), batch, _has_experts(program)):
+    length = program.batch["inputs"].shape[1] if batch < len(where.devices) else 1
+    for sizes in meshes(len(where.devices), batch, _has_experts(program), length):
         spec = MeshSpec(**sizes, rules=rules)
         try:
             held = state_bytes(program, spec.build(where.devices), make_rules(spec.rules))
@@ -46,7 +48,7 @@ def candidates(run: Any, where: Topology) -> list[MeshSpec]:
             reason = f"the state alone takes {held / GIB:.0f} GiB a device"
     if not found:
         raise DyncompError(f"no mesh of {where.name} will do: {reason}")
-    return sorted(found, key=lambda spec: (spec.tensor, spec.expert, spec.fsdp))
+    return sorted(found, key=lambda spec: (spec.tensor, spec.sequence, spec.expert, spec.fsdp))
 
 
 def within(
@@ -70,11 +72,12 @@ def within(
     return made, left
 
 
-def meshes(devices: int, batch: int, experts: bool) -> Iterator[dict[str, int]]:
-    """Every split of ``devices`` over the axes whose parts divide the batch; the expert axis only if asked for."""
+def meshes(devices: int, batch: int, experts: bool, length: int = 1) -> Iterator[dict[str, int]]:
+    """Every split of ``devices`` over axes that divide the batch and the length; the expert axis only if asked for."""
     for sizes in _factors(devices, AXES):
         parts = math.prod(sizes[axis] for axis in BATCH_AXES)
-        if batch % parts == 0 and (experts or sizes["expert"] == 1):
+        split = batch % parts == 0 and length % sizes["sequence"] == 0
+        if split and (experts or sizes["expert"] == 1):
             yield sizes
 
 

@@ -46,6 +46,8 @@ def test_pytorch_computes_the_same(small):
     np.testing.assert_array_equal(theirs.exits, ours.exits)
     np.testing.assert_allclose(theirs.outputs, ours.outputs, rtol=1e-3, atol=1e-3)
     assert (theirs.executed == theirs.needed).all()
+    whole = exit_peer.full(name, subject)(inputs)
+    np.testing.assert_allclose(whole, subject.full(inputs), rtol=1e-3, atol=1e-3)
     streams = exit_peer.stream(name, subject, 8), StreamExecutor(subject.net, inputs, bucket=8)
     left = []
     for stream in streams:

@@ -185,7 +185,7 @@ tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no 
 def test_an_axis_may_be_part_of_a_physical_one():
     """8 is no product of a subset of 4, 4 and 4."""
     mesh = MeshSpec(data=1, fsdp=8, expert=8).build(find("v5p:4x4x4").devices)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1, "expert": 8}
+    assert {n: size for n, size in mesh.shape.items() if size > 1} == {"fsdp": 8, "expert": 8}
     assert len(set(mesh.devices.flat)) == 64
 
 

@@ -14,8 +14,10 @@ from dyncomp.parallel.shardings import batch_sharding, make_global_batch, shardi
 
 
 def test_sizes_fill_the_rest():
-    assert MeshSpec(fsdp=2).sizes(8) == {"data": 4, "fsdp": 2, "tensor": 1, "expert": 1}
-    assert MeshSpec(data=2, tensor=4).sizes(8) == {"data": 2, "fsdp": 1, "tensor": 4, "expert": 1}
+    ones = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1, "expert": 1}
+    assert MeshSpec(fsdp=2).sizes(8) == {**ones, "data": 4, "fsdp": 2}
+    assert MeshSpec(data=2, tensor=4).sizes(8) == {**ones, "data": 2, "tensor": 4}
+    assert MeshSpec(sequence=4).sizes(8) == {**ones, "data": 2, "sequence": 4}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_errors_come_early_in_one_line(make, said):
 def test_specs_use_a_mesh_axis_once_and_refuse_typos():
     with axis_rules(RULES):
         assert to_spec(("batch", "seq", "embed")) == PartitionSpec(
-            ("data", "fsdp", "expert"), None, None
+            ("data", "fsdp", "expert"), "sequence", None
         )
         assert to_spec(("expert", "embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
         with pytest.raises(DyncompError, match="'embde' is not in the table"):

@@ -113,8 +113,8 @@ def make_run(ffn, **fields) -> Run:
     groups = [models.Group([functools.partial(models.Block, mixer=mixer, ffn=ffn)], 1)]
     model = models.DecoderLM(vocab_size=64, d_model=64, groups=groups)
     return Run(
-        model=model, task=tasks.CodeLM(context=32), optimizer=AdamW(learning_rate=1e-3), steps=1,
-        **{"batch_size": 4, **fields},
+        model=model, optimizer=AdamW(learning_rate=1e-3), steps=1,
+        **{"batch_size": 4, "task": tasks.CodeLM(context=32), **fields},
     )  # fmt: skip
 
 
@@ -138,7 +138,14 @@ def test_candidates_divide_the_parameters():
     assert {spec.tensor for spec in found} == {1, 2} and len(found) == 5
     assert {spec.expert for spec in candidates(make_run(MOE), find("cpu:4"))} == {1, 2, 4}
     with pytest.raises(DyncompError, match="no mesh of cpu:4 will do: .*tensor=4"):
-        candidates(make_run(DENSE, batch_size=1), find("cpu:4"))
+        candidates(make_run(DENSE, batch_size=1, task=tasks.CodeLM(context=31)), find("cpu:4"))
+
+
+def test_sequences_are_split_where_there_are_fewer_than_devices():
+    found = candidates(make_run(DENSE, batch_size=2), find("cpu:4"))
+    assert {(spec.data * spec.fsdp, spec.sequence, spec.tensor) for spec in found} == {
+        *((2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2)),
+    }
 
 
 def test_candidates_hold_their_part_of_the_state():
