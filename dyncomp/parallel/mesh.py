@@ -25,7 +25,7 @@ class MeshSpec:
     Attributes:
       data: copies of the parameters, each with its own part of the batch.
       fsdp: parts of the parameters and optimizer state, gathered for use; also splits the batch.
-      sequence: parts of every sequence's activations; does not split the batch, and parameters are whole on it. How
+      sequence: parts of every sequence's activations, and like fsdp of parameters; does not split the batch. How
         positions see those of other devices is `attention.Attention.across`.
       tensor: parts of each matrix product (heads, hidden units, vocabulary); does not split the batch.
       expert: parts of the stacked expert weights; also splits the batch.

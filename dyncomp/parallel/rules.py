@@ -24,7 +24,7 @@ RULES: Mapping[str, MeshAxes] = {
         "tensor",
     ),  # flattened (batch, seq) inside a local_op: every device has its own
     # parameters (and the widths of activations; an axis that the batch already uses is skipped there)
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",

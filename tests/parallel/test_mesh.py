@@ -42,7 +42,9 @@ def test_specs_use_a_mesh_axis_once_and_refuse_typos():
         assert to_spec(("batch", "seq", "embed")) == PartitionSpec(
             ("data", "fsdp", "expert"), "sequence", None
         )
-        assert to_spec(("expert", "embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
+        assert to_spec(("expert", "embed", "mlp")) == PartitionSpec(
+            "expert", ("fsdp", "sequence"), "tensor"
+        )
         with pytest.raises(DyncompError, match="'embde' is not in the table"):
             to_spec(("embde",))
     assert to_spec(("anything",)) == PartitionSpec(None)  # no mesh, no table
@@ -97,7 +99,7 @@ def test_moments_follow_parameters_and_scalars_are_whole():
     }
     mesh = MeshSpec(fsdp=2, tensor=2).build()
     placed, batch = shardings_for(boxed, state, mesh)
-    split, whole = PartitionSpec("fsdp", "tensor"), PartitionSpec()
+    split, whole = PartitionSpec(("fsdp", "sequence"), "tensor"), PartitionSpec()
     assert placed["params"]["ffn"]["up"].spec == split
     assert placed["opt"][0]["mu"]["ffn"]["up"].spec == split
     assert placed["opt"][0]["row"]["ffn"]["up"].spec == whole  # another shape: factored moments
