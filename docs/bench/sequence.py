@@ -5,6 +5,7 @@ split over them with attention in a ring or with keys gathered, or heads and hid
 in ``pods/sequence.json``. Nothing is run; ``pods_page.py`` makes the table.
 """
 
+import itertools
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from pods import HERE, compile_one, versions
 
 ROWS = HERE / "pods" / "sequence.json"
 CONFIG, SLICE, BATCH = "dynamic_logits_fusion_paper", "v5p:2x4x4", 4
-LENGTHS = (8192, 32_768)
+LENGTHS, KV_HEADS = (8192, 32_768), (32, 8)
 FORMS = {
     "ring": ("data=1,fsdp=4,sequence=8", ["--gin.attention.Attention.across='ring'"]),
     "gather": ("data=1,fsdp=4,sequence=8", ["--gin.attention.Attention.across='gather'"]),
@@ -20,26 +21,28 @@ FORMS = {
 }
 
 
-def jobs() -> list[tuple[str, int]]:
-    """(form, length), short ones first."""
-    return [(form, length) for length in LENGTHS for form in FORMS]
+def jobs() -> list[tuple[int, int, str]]:
+    """(length, key/value heads, form), short ones first."""
+    return list(itertools.product(LENGTHS, KV_HEADS, FORMS))
 
 
-def compiled(form: str, length: int) -> dict[str, Any]:
+def compiled(length: int, kv_heads: int, form: str) -> dict[str, Any]:
     """A row."""
     mesh, words = FORMS[form]
     words = [
         f"--gin.training.Run.batch_size={BATCH}",
+        f"--gin.KV_HEADS={kv_heads}",
         f"--gin.tasks.HubText.context={length}",
         *words,
     ]
-    return {"form": form, "length": length, **compile_one(CONFIG, SLICE, mesh, words)}
+    row = {"length": length, "kv_heads": kv_heads, "form": form}
+    return {**row, **compile_one(CONFIG, SLICE, mesh, words)}
 
 
 def main() -> None:
     """Every job that has no row."""
     found = json.loads(ROWS.read_text()) if ROWS.is_file() else {"rows": []}
-    rows = {(row["form"], row["length"]): row for row in found["rows"]}
+    rows = {(row["length"], row["kv_heads"], row["form"]): row for row in found["rows"]}
     for job in jobs():
         if job in rows:
             continue

@@ -30,10 +30,12 @@ def ring_attention(
 ) -> Float[Array, "b t h p"]:
     """`attend` of positions that the mesh splits over the axis of ``seq``; just that where it does not.
 
+    And of a batch that the mesh does not split either: the one example from which parameters are made.
+
     Args:
       sight: without ``visible`` and ``anchored``, which are about slots by number.
     """
-    if parts("seq") == 1 or q.shape[1] == 1:
+    if parts("seq") == 1 or q.shape[1] == 1 or q.shape[0] % parts("batch"):
         return attend(q, k, v, sight.all())
     axis = to_spec(("seq",))[0]
     if to_spec(("heads",)) != to_spec(("kv_heads",)):  # whole beside split heads: one for each
@@ -66,23 +68,25 @@ def _turns(
 
 def _forward(axis, causal, window, q, k, v, place, keys):
     b, t, h, p = q.shape
-    g, wide = k.shape[2], sum_dtype(q.dtype)
-    blank = (b, g, h // g, t)
+    blank, wide = (b, k.shape[2], h // k.shape[2], t), sum_dtype(q.dtype)
     zeros = vary_like(jnp.zeros((*blank, p), wide), q, k)
     state = Running(vary_like(jnp.full(blank, LOWEST, wide), q, k), zeros[..., 0], zeros)
     mix = functools.partial(jnp.einsum, "bgrts,bsgp->bgrtp", preferred_element_type=wide)
 
-    def meet(state: Running, k: Array, v: Array, keys: Array) -> Running:
-        scores = scores_of(q, k, Sight(place, keys, None, causal, window).all())
-        return state.add(scores, lambda weights: mix(weights.astype(v.dtype), v))
+    def meet(state: Running, held: Any) -> Running:
+        for k, v, keys in held:
+            scores = scores_of(q, k, Sight(place, keys, None, causal, window).all())
+            state = state.add(scores, lambda weights, v=v: mix(weights.astype(v.dtype), v))
+        return state
 
     def turn(carry, _):
         state, held = carry
         coming = _passed(held, axis)  # on its way while these are met
-        return (meet(state, *held), coming), None
+        return (meet(state, held), coming), None
 
-    (state, held), _ = lax.scan(turn, (state, (k, v, keys)), length=_devices(axis) - 1)
-    state = meet(state, *held)
+    start = (state, _halves((k, v, keys)))
+    (state, held), _ = lax.scan(turn, start, length=lax.axis_size(axis) - 1)
+    state = meet(state, held)
     mixed = state.mixed / state.total[..., None]
     out = jnp.moveaxis(mixed, 3, 1).reshape(q.shape).astype(q.dtype)
     return out, (q, k, v, place, keys, out, state.top + jnp.log(state.total))
@@ -98,33 +102,49 @@ def _backward(axis, causal, window, saved, cotangent):
     along = jnp.moveaxis(along.reshape(b, t, g, h // g), 1, 3)[..., None]
     own, told, scale = grouped(q), grouped(cotangent), wide.type(1.0 / math.sqrt(p))
 
-    def turn(carry, _):
-        dq, dk, dv, held = carry
-        coming = _passed(held, axis)
-        k, v, keys = held
+    def gradients(k: Array, v: Array, keys: Array) -> tuple[Array, Array, Array]:
         scores = scores_of(q, k, Sight(place, keys, None, causal, window).all())
         weights = jnp.exp(scores - sums[..., None])
-        dv = dv + product("bgrts,btgrp->bsgp", weights.astype(v.dtype), told)
         slopes = weights * (product("btgrp,bsgp->bgrts", told, v) - along) * scale
-        slopes = slopes.astype(k.dtype)
-        dq = dq + product("bgrts,bsgp->btgrp", slopes, k)
-        dk = dk + product("bgrts,btgrp->bsgp", slopes, own)
-        return (dq, *_passed((dk, dv), axis), coming), None
+        slopes, weights = slopes.astype(k.dtype), weights.astype(v.dtype)
+        dq = product("bgrts,bsgp->btgrp", slopes, k)
+        return (
+            dq,
+            product("bgrts,btgrp->bsgp", slopes, own),
+            product("bgrts,btgrp->bsgp", weights, told),
+        )
 
-    blank = lambda shape: vary_like(jnp.zeros(shape, wide), q, k)
-    start = (blank(own.shape), blank(k.shape), blank(v.shape), (k, v, keys))
-    (dq, dk, dv, _), _ = lax.scan(turn, start, length=_devices(axis))
-    return dq.reshape(q.shape).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    def turn(carry, _):
+        dq, sent, held = carry
+        coming, parts = _passed(held, axis), []
+        for given, (dk, dv) in zip(held, sent, strict=True):
+            more, *own = gradients(*given)
+            # Rounded on the way, as a sum over devices of the gathered form would be.
+            parts.append(tuple((x + y).astype(k.dtype) for x, y in zip((dk, dv), own, strict=True)))
+            dq = dq + more
+        return (dq, _passed(tuple(parts), axis), coming), None
+
+    blank = lambda x, dtype: vary_like(jnp.zeros(x.shape, dtype), q, k)
+    sent = _halves((blank(k, k.dtype), blank(v, v.dtype)))
+    start = (blank(own, wide), sent, _halves((k, v, keys)))
+    (dq, sent, _), _ = lax.scan(turn, start, length=lax.axis_size(axis))
+    dk, dv = (jnp.concatenate(x, axis=1) for x in zip(*sent, strict=True))
+    return dq.reshape(q.shape).astype(q.dtype), dk, dv, None, None
 
 
 _turns.defvjp(_forward, _backward)
 
 
-def _devices(axis: Axis) -> int:
-    return lax.axis_size(axis)
+def _halves(held: tuple[Array, ...]) -> tuple[tuple[Array, ...], ...]:
+    """Arrays [b s ...] as what goes one way round and what goes the other: links send both ways at once."""
+    half = held[0].shape[1] // 2
+    first = tuple(x[:, :half] for x in held)
+    rest = tuple(x[:, half:] for x in held)
+    return (first, rest) if half else (rest,)
 
 
 def _passed(held: Any, axis: Axis) -> Any:
-    """From every device to the next."""
-    n = _devices(axis)
-    return lax.ppermute(held, axis, [(i, (i + 1) % n) for i in range(n)])
+    """From every device to the next, the second part to the one before."""
+    n = lax.axis_size(axis)
+    way = lambda by: [(i, (i + by) % n) for i in range(n)]
+    return tuple(lax.ppermute(part, axis, way(by)) for part, by in zip(held, (1, -1), strict=False))

@@ -12,7 +12,7 @@ from dyncomp.core.aux import Aux, count, nest
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
-from dyncomp.core.sharding import constrain, param
+from dyncomp.core.sharding import constrain, param, parts
 from dyncomp.core.typing import Array, Float, Int
 from dyncomp.models.block import ACTIVATION
 from dyncomp.models.group import (
@@ -141,7 +141,10 @@ class DecoderLM(nn.Module):
           DyncompError: the model has learned positions and none are given.
         """
         own = tokens if vectors is None else jnp.maximum(tokens, 0)
-        x = jnp.take(self.embedding, own, axis=0).astype(self.dtypes.compute)
+        table = jnp.asarray(self.embedding)
+        if parts("seq") > 1:  # else XLA collects the looked-up rows of all positions
+            table = constrain(table, ("vocab", None))
+        x = jnp.take(table, own, axis=0).astype(self.dtypes.compute)
         if vectors is not None:
             x = jnp.where((tokens < 0)[:, :, None], vectors.astype(x.dtype), x)
         if self.learned_positions is not None:

@@ -108,6 +108,14 @@ def test_what_is_sent(across, kind):
     assert set(found) == {kind}
 
 
+def test_one_example_on_a_mesh_that_splits_the_batch():
+    x, _, variables = inputs()
+    wanted, _ = layer().apply(variables, x[:1])
+    with use(MeshSpec(data=2, sequence=2).build()):
+        found, _ = layer().apply(variables, x[:1])
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_a_decode_step_and_lengths_that_do_not_divide():
     x, _, variables = inputs()
     with use(MeshSpec(data=1, sequence=4).build()):

@@ -24,7 +24,7 @@ def test_eight_devices_train_like_one_in_float64(tmp_path_factory, monkeypatch):
 
 
 def test_every_mesh_of_eight_is_tried():
-    """2^3 over three axes in 10 ways, over four in 20, half with experts apart; 3 split sequences on the tensor axis."""
+    """2^3 over three axes in 10 ways, over four in 20, half with experts apart; 3 split sequences by tensor."""
     counts = {kind: len(mesh_runs.shapes(kind, quick=False)) for kind in mesh_runs.KINDS}
     assert counts == {"dense": 20 + 3, "moe": 10 + 1, "exits": 10}
     assert mesh_runs.shapes("dense", quick=False)["tensor=8 seq"].rules == {"seq": "tensor"}
