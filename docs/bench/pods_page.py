@@ -6,6 +6,7 @@ from typing import Any
 import memory_model
 import pods
 import scaling
+import sequence
 
 PAGE = pods.HERE.parent / "pods.md"
 FIGURE = pods.HERE.parent / "figures" / "scaling.svg"
@@ -234,6 +235,42 @@ def draw(found: dict[str, Any]) -> None:
     figure.savefig(FIGURE, metadata={"Date": None})
 
 
+SEQUENCES = """
+## Long sequences
+
+`python docs/bench/sequence.py`: a train step of a 7B model on 32 v5p chips, {batch} sequences, eight chips for each;
+parameters split over all. *ring* and *gather*: positions split (`--mesh data=1,fsdp=4,sequence=8`), keys and values
+going round the chips or collected by each (`attention.Attention.across`); *tensor*: heads and hidden units split
+(`--mesh data=1,fsdp=4,tensor=8`). The ring is the default: it needs least memory, a third at 32,768 positions, where
+arithmetic takes longer than the links in all forms. Where every head has keys of its own it sends more than gathering.
+All forms hold tables of scores; a ring's are the smallest. Bytes are the compiler's, times the **model's**.
+
+| {head} |
+| {rule} |
+"""
+SEQUENCE = "positions | key/value heads | form | GiB a chip | GiB sent a chip and step | compute ms | links ms"
+
+
+def sequences(found: dict[str, Any]) -> str:
+    """The table of forms."""
+    lines = []
+    for row in found["rows"]:
+        report, times = row["report"], row["report"]["model"]
+        cells = [
+            f"{row['length']:,}",
+            str(row["kv_heads"]),
+            row["form"],
+            f"{report['memory']['peak'] / GIB:.1f}",
+            f"{sum(each['sent'] for each in report['collectives'].values()) / GIB:.0f}",
+            *(f"{1e3 * times[name]:.0f}" for name in ("compute", "interconnect")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = " | ".join(["---"] * (SEQUENCE.count("|") + 1))
+    return (
+        SEQUENCES.format(batch=sequence.BATCH, head=SEQUENCE, rule=rule) + "\n".join(lines) + "\n"
+    )
+
+
 def page() -> str:
     """The whole page."""
     found = pods.load()
@@ -246,6 +283,7 @@ def page() -> str:
     }
     text = HEAD.format(**about) + "\n" + paper(found) + "\n"
     text += memory(json.loads(memory_model.ROWS.read_text()))
+    text += sequences(json.loads(sequence.ROWS.read_text()))
     if not scaling.ROWS.is_file():
         return text
     return text + scaled(json.loads(scaling.ROWS.read_text()))

@@ -22,7 +22,7 @@ def made():
     """The scripts of docs/bench as modules."""
     sys.path.insert(0, str(BENCH))
     try:
-        names = ("pods", "memory_model", "scaling", "pods_page")
+        names = ("pods", "memory_model", "scaling", "sequence", "pods_page")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(BENCH))
@@ -118,3 +118,57 @@ def test_a_small_case_again(made):
         r for r in json.loads(made["memory_model"].ROWS.read_text())["rows"] if r["case"] == "dense"
     )
     assert row["xla"] == pytest.approx(stored["xla"], rel=0.01)
+
+
+GOLDEN = {
+    "dynamic_logits_fusion_paper": ("v5e:8x8", ""),
+    "harder_tasks_more_experts_paper": ("v5e:16x16", "data=1,fsdp=16,expert=16"),
+    "routing_transformer_paper": ("v5e:16x16", "data=1,fsdp=64,tensor=4"),
+}
+"""Dense, routed and sparse: with collectives of all kinds, and kernels."""
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler")
+@pytest.mark.parametrize("config", GOLDEN)
+def test_facts_of_compiled_programs(made, monkeypatch, config):
+    """FLOPs, bytes, collectives and kernels of a paper config are those stored."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+    name, mesh = GOLDEN[config]
+    (stored,) = (
+        row["report"]
+        for row in made["pods"].load()["rows"]
+        if (row["config"], row["slice"], row["mesh"]) == (config, name, mesh)
+    )
+    row = made["pods"].compile_one(config, name, mesh)
+    found = row.get("report") or pytest.fail(row["error"])
+    assert found["ledger_flops"] == stored["ledger_flops"]
+    assert found["kernels"] == stored["kernels"]
+    places = lambda report: {kind: t["sites"] for kind, t in report["collectives"].items()}
+    assert places(found) == places(stored)
+    for of in (
+        lambda report: report["work"]["product"]["flops"],
+        lambda report: report["memory"]["peak"],
+        lambda report: sum(t["bytes"] for t in report["collectives"].values()),
+    ):
+        assert of(found) == pytest.approx(of(stored), rel=0.01)
+
+
+def test_long_sequences_hold_together(made):
+    """The page's words: a ring needs a third of the memory at the longer length, and arithmetic binds there."""
+    sequence = made["sequence"]
+    found = json.loads(sequence.ROWS.read_text())["rows"]
+    assert [(r["length"], r["kv_heads"], r["form"]) for r in found] == sequence.jobs()
+    reports = {(r["length"], r["kv_heads"], r["form"]): r["report"] for r in found}
+    peak = lambda *key: reports[key]["memory"]["peak"]
+    for length in sequence.LENGTHS:
+        for heads in sequence.KV_HEADS:
+            assert peak(length, heads, "ring") == min(
+                peak(length, heads, f) for f in sequence.FORMS
+            )
+    for heads in sequence.KV_HEADS:
+        assert peak(32_768, heads, "ring") < 0.34 * peak(32_768, heads, "gather")
+        for form in sequence.FORMS:
+            times = reports[32_768, heads, form]["model"]
+            assert times["compute"] > times["interconnect"]
