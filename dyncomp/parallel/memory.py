@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 from jax.sharding import Mesh
 
 from dyncomp.attention import Attention
@@ -21,6 +20,7 @@ from dyncomp.core.typing import PyTree
 from dyncomp.experts import MLP, MoE, SwiGLU
 from dyncomp.models import DecoderLM
 from dyncomp.parallel.mesh import batch_parts
+from dyncomp.parallel.residuals import stacked
 from dyncomp.parallel.rules import traced_for
 
 STREAMS = 8
@@ -204,22 +204,14 @@ def kept_bytes(program: Any, mesh: Mesh, rules: Mapping[str, Any], model: Any) -
         traced = jax.make_jaxpr(residuals)(
             state.params, state.controls, dict(program.part), state.step, keys
         )
-    given = set(traced.jaxpr.invars)
-    left = {v for v in traced.jaxpr.outvars if not isinstance(v, Literal) and v not in given}
-    return sum(_share(var.aval, program, mesh, model) for var in left)
+    share = lambda aval: _share(aval, program, mesh, model)
+    return sum(max(map(share, same)) for same in stacked(traced.jaxpr))
 
 
 def _share(aval: Any, program: Any, mesh: Mesh, model: Any) -> int:
-    """Bytes of a device's part of what the layers keep, [layers batch ...]; 0 for what is counted elsewhere.
-
-    Rows [layers tokens width], as products take them, are the same bits as [layers batch length width], but for the
-    product of gate and up, which exists as rows only.
-    """
+    """Bytes of a device's part of what layers keep, [layers batch ...] or [layers tokens width]; 0 for all else."""
     batch, length = program.part["inputs"].shape
-    stacked = aval.ndim > 2 and aval.shape[0] == model.groups[0].repeat
-    rows = stacked and aval.shape[1] == batch * length and batch > 1
-    narrow = aval.shape[-1:] == (model.d_model,) or aval.dtype != jnp.dtype(model.dtypes.compute)
-    if not stacked or not (aval.shape[1] == batch or (rows and not narrow)):
+    if aval.ndim < 3 or aval.shape[1] not in (batch, batch * length):
         return 0
     (group,) = model.groups
     block = group.blocks[0](parent=None, dtypes=model.dtypes)

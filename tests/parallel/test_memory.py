@@ -2,6 +2,8 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dyncomp import attention, experts, models, routers, tasks
@@ -10,6 +12,7 @@ from dyncomp.parallel import MeshSpec, topology
 from dyncomp.parallel.aot import Ask, compile_job, compile_run, held_of, prepare
 from dyncomp.parallel.early import memory_of
 from dyncomp.parallel.memory import predict_memory
+from dyncomp.parallel.residuals import stacked
 from dyncomp.training.optimizers import AdamW
 from dyncomp.training.run import Run
 
@@ -120,3 +123,22 @@ allocation 6: size 9999, color 1, preallocated-temp:
 """)
     assert (found.arguments, found.outputs, found.aliased) == (4064, 4008, 4000)
     assert (found.temporaries, found.peak) == (3012, 4064 + 8 + 3012)
+
+
+def test_what_is_named_twice_is_kept_once():
+    """Three products read one array; a form for CPUs keeps another one, which other platforms leave empty."""
+    cpu = lambda x, w: (x.reshape(-1, 4) @ w).reshape(x.shape)
+    product = lambda x, w: jax.lax.platform_dependent(x, w, cpu=cpu, default=jnp.matmul)
+
+    def layer(x, w):
+        y = jnp.tanh(x)
+        return x + product(y, w) * product(y.reshape(2, 3, 4), w), None
+
+    def residuals(x, ws):
+        _, pull = jax.vjp(lambda ws: jax.lax.scan(layer, x, ws)[0], ws)
+        return [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, "dtype")]
+
+    traced = jax.make_jaxpr(residuals)(jnp.ones((2, 3, 4)), jnp.ones((5, 4, 4)))
+    found = [[aval.shape for aval in same] for same in stacked(traced.jaxpr)]
+    # y (read by tanh's slope and both products) and that slope; the weight, read twice; both products
+    assert sorted(found) == sorted([[(5, 2, 3, 4)] * 3, [(5, 4, 4)] * 2, *[[(5, 2, 3, 4)]] * 3])
