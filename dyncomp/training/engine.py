@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
+from dyncomp.parallel.counts import bounds
 from dyncomp.parallel.mesh import MeshSpec, check_batch
 from dyncomp.parallel.rules import make_rules, use
 from dyncomp.parallel.shardings import (
@@ -72,6 +73,15 @@ class Engine:
             here = SingleDeviceSharding(jax.local_devices()[0])
             return jax.tree.map(lambda _: here, abstract)
         return shardings_for(self._boxed, abstract, self.mesh, self.rules)[0]
+
+    def rows_of_every_expert(self) -> dict[str, int]:
+        """Event path -> rows a step if every expert ran on every token; traces the model."""
+        like, batch = self._abstract(0), self.run.batch_size // self.run.accumulate
+        variables = {"params": like.params, "controls": like.controls}
+        inputs = jax.ShapeDtypeStruct((batch, *self.inputs.shape[1:]), self.inputs.dtype)
+        with self.context():
+            every = bounds(self.run.model, variables, inputs).every
+        return {path: self.run.accumulate * rows for path, rows in every.items()}
 
     def like(self, step: int) -> TrainState:
         """The abstract state of a step, with shardings; nothing is computed."""

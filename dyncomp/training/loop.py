@@ -12,6 +12,7 @@ what a controller is shown) or from process 0 (`dyncomp.parallel.processes`), wh
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -313,12 +314,24 @@ class Session:
             costs = self.run.model.cost((self.run.batch_size // self.run.accumulate, *inputs.shape))
             ledger = Ledger(costs).record(self.window.counts())
             values |= spent(compute(ledger, self.window.elements))
-            each = TRAINED / self.window.steps
-            totals = (each * ledger.total(which) for which in ("needed", "executed"))
-            self.timings.computed(self.step, *totals)
+            self.timings.computed(self.step, self._step_flops(ledger))
         self._write("train", values)
         self.bar.logged(values["loss"], self.timings.step_seconds[-1])
         self.window = Window()
+
+    def _step_flops(self, ledger: Ledger) -> dict[str, float]:
+        """FLOPs of a step by what the window counted; ``dense`` where there are experts."""
+        steps = self.window.steps
+        found = {which: ledger.total(which) for which in ("needed", "executed")}
+        if any(path.endswith("experts/rows") for path in ledger.entries):
+            entries = [(ledger.entries[path], rows) for path, rows in self._every_expert.items()]
+            idle = sum((steps * rows - own.executed) * own.cost.flops for own, rows in entries)
+            found["dense"] = found["executed"] + idle
+        return {which: TRAINED * flops / steps for which, flops in found.items()}
+
+    @functools.cached_property
+    def _every_expert(self) -> dict[str, int]:
+        return self.engine.rows_of_every_expert()
 
     def _write(self, split: str, values: dict[str, float]) -> None:
         for tracker in self.trackers:

@@ -87,8 +87,9 @@ class Timings:
     processes also ``straggler``, the one whose host was at work for longest, and ``straggle``, by how many seconds a
     step more than the median: the others waited for it. A slow device makes all hosts wait alike and does not show.
 
-    Where a model says what it computed, a record of its own at every log line: FLOPs a second that the plan needed and
-    that were executed, and these as shares of ``peak``, ``mfu`` and ``mfu_executed``.
+    Where a model says what it computed, a record of its own at every log line: FLOPs a second that the plan needed,
+    that were executed and, with experts, that every expert on every token would have taken; and these as shares of
+    ``peak``, ``mfu``, ``mfu_executed`` and ``mfu_dense``.
 
     Args:
       path: where records are appended; None where another process writes them.
@@ -155,23 +156,24 @@ class Timings:
         self.saved = 0.0
         self._write(record)
 
-    def computed(self, step: int, needed: float, executed: float) -> None:
+    def computed(self, step: int, flops: Mapping[str, float]) -> None:
         """Turns FLOPs into rates; call where a log line is written.
 
         Args:
           step: the last one.
-          needed: FLOPs of a whole step that the plan needs: forward, and twice as many for the gradients.
-          executed: FLOPs that were executed, counted alike; what is computed again in the backward pass is not.
+          flops: of a whole step, forward and twice as many for the gradients (what the backward pass computes again is
+            not in it): ``needed`` by the plan, ``executed``, and ``dense`` where there are experts.
         """
         steps, seconds = self.since_log
         self.since_log = [0, 0.0]
         if not steps:
             return
-        rates = {"needed": needed * steps / seconds, "executed": executed * steps / seconds}
+        rates = {which: each * steps / seconds for which, each in flops.items()}
         record = {"step": step, **{f"flops_{which}_per_second": r for which, r in rates.items()}}
         if self.peak:
-            self.mfu.append(rates["needed"] / self.peak)
-            record |= {"mfu": self.mfu[-1], "mfu_executed": rates["executed"] / self.peak}
+            shares = {f"mfu_{which}": rate / self.peak for which, rate in rates.items()}
+            self.mfu.append(shares.pop("mfu_needed"))
+            record |= {"mfu": self.mfu[-1], **shares}
         self._write(record)
 
     def _write(self, record: Mapping[str, Any]) -> None:

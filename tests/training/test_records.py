@@ -1,13 +1,16 @@
 """The progress bar, as a reader sees it, and rates."""
 
+import functools
 import io
 import json
 
 import pytest
 from rich.console import Console
 
+from dyncomp import attention, experts, models, routers, tasks
 from dyncomp.parallel.roofline import peak_flops
-from dyncomp.training import records
+from dyncomp.training import AdamW, Run, records
+from dyncomp.training.engine import Engine
 from dyncomp.training.records import Bar, Timings
 
 
@@ -21,15 +24,15 @@ def test_flops_a_second_since_the_last_log_line(tmp_path, monkeypatch):
             timings.count()
         timings.pause(step)
         if step > 2:
-            timings.computed(step, 30.0, 45.0)
+            timings.computed(step, {"needed": 30.0, "executed": 45.0, "dense": 90.0})
         if reset:
             timings.reset()
     timings.close()
     told = [json.loads(line) for line in (tmp_path / "timings.jsonl").open()]
     rates = [record for record in told if "mfu" in record]
     wanted = {
-        "step": 5, "flops_needed_per_second": 15.0, "flops_executed_per_second": 22.5, "mfu": 0.25,
-        "mfu_executed": 0.375,
+        "step": 5, "flops_needed_per_second": 15.0, "flops_executed_per_second": 22.5,
+        "flops_dense_per_second": 45.0, "mfu": 0.25, "mfu_executed": 0.375, "mfu_dense": 0.75,
     }  # fmt: skip
     assert rates[0] == pytest.approx(wanted)
     assert rates[1]["mfu"] == pytest.approx(0.5) and timings.medians()["mfu"] == 0.375
@@ -70,3 +73,17 @@ def test_a_bar_that_is_not_shown_prints_nothing():
     bar.logged(1.0, 1.0)
     bar.close()
     assert stream.getvalue() == ""
+
+
+def test_dense_equivalent_counts_every_expert_on_every_token():
+    """Two of four experts: the dense FLOPs exceed the executed ones by two experts on all tokens of the step."""
+    router = functools.partial(routers.TopK, k=2)
+    unit = functools.partial(experts.MoE, router=router, num_experts=4, hidden=8)
+    mixer = functools.partial(attention.Attention, heads=2)
+    block = functools.partial(models.Block, mixer=mixer, ffn=unit)
+    model = models.DecoderLM(vocab_size=32, d_model=16, groups=[models.Group([block], 3)])
+    run = Run(
+        model=model, task=tasks.CodeLM(context=8), optimizer=AdamW(learning_rate=1e-3), steps=1,
+        batch_size=4, accumulate=2,
+    )  # fmt: skip
+    assert Engine(run).rows_of_every_expert() == {"group_0/block_0/ffn/experts/rows": 3 * 4 * 8 * 4}
