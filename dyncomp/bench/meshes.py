@@ -22,7 +22,7 @@ from dyncomp.bench.mesh_job import once_an_epoch
 from dyncomp.bench.mesh_runs import DEVICES, KINDS, QUICK_KINDS, STEPS
 
 LAYOUTS = (1, 2, 4)
-"""Processes that share the devices."""
+"""Processes that share the devices; several take one mesh a model in float32, where float64 says more."""
 RESUMED = {
     "devices_8_4_2": ((1, 8), (1, 4), (1, 2)),
     "processes_4_2_4": ((4, 2), (2, 2), (4, 2)),
@@ -64,7 +64,8 @@ def rows(
         for dtype in DTYPES[:1] if quick else dtypes:
             jobs, kinds = {}, QUICK_KINDS if quick else KINDS
             for count in LAYOUTS[:1] if quick else LAYOUTS:
-                words = {"folder": str(folder), "dtype": dtype, "kinds": kinds, "quick": quick}
+                words: dict[str, Any] = {"folder": str(folder), "dtype": dtype, "kinds": kinds}
+                words["quick"] = quick or (count > 1 and dtype == "float32")
                 jobs[count] = _job("curves", words, folder, count, DEVICES // count)
             alone = {kind: list(jobs[1][kind]["alone"].values()) for kind in kinds}
             for count, job in jobs.items():
