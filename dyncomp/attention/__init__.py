@@ -40,6 +40,7 @@ from dyncomp.attention.patterns import (
     head_errors,
 )
 from dyncomp.attention.regions import Regions
+from dyncomp.attention.ring import ring_attention
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate
 from dyncomp.attention.routed import RoutedAttention
 from dyncomp.attention.row_cache import RowCache, RowSlots, copy_slot
@@ -123,6 +124,7 @@ __all__ = [
     "key_mass",
     "push_newest",
     "replace_newest",
+    "ring_attention",
     "rope_angles",
     "rotate",
     "truncate",

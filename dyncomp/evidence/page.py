@@ -98,7 +98,8 @@ def _figures(folder: Path) -> str:
 
 
 def _again(results: dict[str, Any]) -> str:
-    runs, made = results["runs"], results["environment"]
+    runs = results["runs"]
+    made = runs[0]["environment"]  # not where the page was drawn
     minutes = ", ".join(f"{run['seconds'] / 60:.1f}" for run in runs)
     seeds = ",".join(str(run["seed"]) for run in runs)
     revisions = dict.fromkeys(
@@ -114,7 +115,7 @@ def _again(results: dict[str, Any]) -> str:
     return (
         f"## Run it again\n\n```\ndyncomp reproduce {results['slug']} {flags}\n```\n\n"
         f"Minutes a seed, all arms, {where}: {minutes}. {made['cpu']}, Python {made['python']}, "
-        f"{versions}; {made['date']}. Git revision of the seeds: {', '.join(revisions)} (+: with changes). "
+        f"{versions}; {runs[-1]['environment']['date']}. Git revision of the seeds: {', '.join(revisions)} (+: with changes). "
         f"SHA-256 of claims.toml: `{results['claims_digest'][:16]}`."
     )
 
