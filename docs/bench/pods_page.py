@@ -241,9 +241,9 @@ SEQUENCES = """
 `python docs/bench/sequence.py`: a train step of a 7B model on 32 v5p chips, {batch} sequences, eight chips for each;
 parameters split over all. *ring* and *gather*: positions split (`--mesh data=1,fsdp=4,sequence=8`), keys and values
 going round the chips or collected by each (`attention.Attention.across`); *tensor*: heads and hidden units split
-(`--mesh data=1,fsdp=4,tensor=8`). The ring is the default: it needs least memory, a third at 32,768 positions, where
-arithmetic takes longer than the links in all forms. Where every head has keys of its own it sends more than gathering.
-All forms hold tables of scores; a ring's are the smallest. Bytes are the compiler's, times the **model's**.
+(`--mesh data=1,fsdp=4,tensor=8`). The ring is the default: it needs least memory, a third of gathering's at 32,768
+positions, where arithmetic takes longer than the links in all forms, and sends {more[0]:.0%} to {more[1]:.0%} more. All
+forms hold tables of scores; a ring's are the smallest. Bytes are the compiler's, times the **model's**.
 
 | {head} |
 | {rule} |
@@ -265,10 +265,16 @@ def sequences(found: dict[str, Any]) -> str:
             *(f"{1e3 * times[name]:.0f}" for name in ("compute", "interconnect")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    rule = " | ".join(["---"] * (SEQUENCE.count("|") + 1))
-    return (
-        SEQUENCES.format(batch=sequence.BATCH, head=SEQUENCE, rule=rule) + "\n".join(lines) + "\n"
-    )
+    sent = {
+        (row["length"], row["kv_heads"], row["form"]): sum(
+            each["sent"] for each in row["report"]["collectives"].values()
+        )
+        for row in found["rows"]
+    }
+    more = [sent[key] / sent[*key[:2], "gather"] - 1 for key in sent if key[2] == "ring"]
+    words = {"batch": sequence.BATCH, "more": (min(more), max(more)), "head": SEQUENCE}
+    words["rule"] = " | ".join(["---"] * (SEQUENCE.count("|") + 1))
+    return SEQUENCES.format(**words) + "\n".join(lines) + "\n"
 
 
 def page() -> str:

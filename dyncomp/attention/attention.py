@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +71,9 @@ class Attention(nn.Module):
       cache: factory of a cache policy, called with ``max_length``.
       pattern: factory of a sparse pattern (`attention.Pattern`) for passes of ``pattern_from`` positions and more;
         shorter ones and single tokens are dense. None for none.
-      across: how positions see those on other devices where the mesh splits sequences (`MeshSpec.sequence`), in dense
-        passes without a cache: "ring" (`ring_attention`: keys go round, nobody holds them all) or "gather" (every
-        device collects all keys and values). Patterns, samplers, caches and ``visible`` gather.
+      across: how positions see those on other devices where the mesh splits sequences (`MeshSpec.sequence`, or a rule
+        for ``seq``), in dense passes without a cache: "ring" (`ring_attention`: keys go round, nobody holds them all)
+        or "gather" (every device collects all keys and values). Patterns, samplers, caches and ``visible`` gather.
       sampler: factory of sampled attention (`attention.Sampler`): for passes with ``train=True``, and for any pass
         that is given the random stream "dropout" (self-ensembles); all others are as if there were none. Adds the
         event ``draws`` (per token).
@@ -101,12 +101,14 @@ class Attention(nn.Module):
         """(h, g, p) for a model width.
 
         Raises:
-          DyncompError: the heads do not divide each other or the width, or a window that makes no sense.
+          DyncompError: the heads do not divide each other or the width, or an option that makes no sense.
         """
         if self.window is not None and (self.window < 1 or not self.causal):
             raise DyncompError(
                 f"Attention.window={self.window}, causal={self.causal}: a window needs causal=True and 1 or more slots"
             )
+        if self.across not in get_args(Across):
+            raise DyncompError(f"Attention.across={self.across!r}: use 'ring' or 'gather'")
         kv_heads = self.kv_heads or self.heads
         if self.heads % kv_heads:
             raise DyncompError(
@@ -207,9 +209,10 @@ class Attention(nn.Module):
         if self._sparse_from(t):
             mixed, pairs = self._sparse(q, k, v, sight)
             return mixed, Work(pairs.executed, jnp.broadcast_to(pairs.needed, (b,)))
-        if parts("seq") > 1 and sight.visible is None and self.across == "ring":
+        apart = parts("batch", "seq") > 1
+        if apart and sight.visible is None and self.across == "ring":
             return ring_attention(q, k, v, sight), self._square(b, t, real, sight)
-        if parts("seq") > 1:
+        if apart:
             k, v = (constrain(x, ("batch", None, "kv_heads", None)) for x in (k, v))
         elif fused_serves(q, sight, real):
             # Tiles above the diagonal are skipped; those on it count by their seen half.

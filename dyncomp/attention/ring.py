@@ -1,8 +1,9 @@
 """Attention of sequences that lie split over devices: keys and values go round a ring (Liu et al. 2023, 2310.01889).
 
 Every device keeps its queries and meets the keys of one device after another, renormalising the softmax from block to
-block. What is kept for the backward pass is what came in and one sum a query: scores are made again, while keys, values
-and their gradients go round once more. The whole keys of a sequence are on no device.
+block. What is kept for the backward pass is what came in and two numbers a query: scores are made again, while keys,
+values and their gradients go round once more. The whole keys of a sequence are on no device. Causal blocks that no
+query sees are computed all the same: the device with the last positions needs every block, and the others wait for it.
 """
 
 import functools
@@ -35,9 +36,9 @@ def ring_attention(
     Args:
       sight: without ``visible`` and ``anchored``, which are about slots by number.
     """
-    if parts("seq") == 1 or q.shape[1] == 1 or q.shape[0] % parts("batch"):
+    if parts("batch", "seq") == 1 or q.shape[1] == 1 or q.shape[0] % parts("batch"):
         return attend(q, k, v, sight.all())
-    axis = to_spec(("seq",))[0]
+    axis = to_spec(("batch", "seq"))[1]
     if to_spec(("heads",)) != to_spec(("kv_heads",)):  # whole beside split heads: one for each
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
         shared = "heads"
@@ -89,11 +90,11 @@ def _forward(axis, causal, window, q, k, v, place, keys):
     state = meet(state, held)
     mixed = state.mixed / state.total[..., None]
     out = jnp.moveaxis(mixed, 3, 1).reshape(q.shape).astype(q.dtype)
-    return out, (q, k, v, place, keys, out, state.top + jnp.log(state.total))
+    return out, (q, k, v, place, keys, out, state.top, state.total)
 
 
 def _backward(axis, causal, window, saved, cotangent):
-    q, k, v, place, keys, out, sums = saved
+    q, k, v, place, keys, out, top, total = saved
     b, t, h, p = q.shape
     g, wide = k.shape[2], sum_dtype(q.dtype)
     grouped = lambda x: x.reshape(b, t, g, h // g, p)
@@ -103,31 +104,33 @@ def _backward(axis, causal, window, saved, cotangent):
     own, told, scale = grouped(q), grouped(cotangent), wide.type(1.0 / math.sqrt(p))
 
     def gradients(k: Array, v: Array, keys: Array) -> tuple[Array, Array, Array]:
-        scores = scores_of(q, k, Sight(place, keys, None, causal, window).all())
-        weights = jnp.exp(scores - sums[..., None])
+        seen = Sight(place, keys, None, causal, window).all()
+        weights = jnp.exp(scores_of(q, k, seen) - top[..., None]) / total[..., None]
         slopes = weights * (product("btgrp,bsgp->bgrts", told, v) - along) * scale
-        slopes, weights = slopes.astype(k.dtype), weights.astype(v.dtype)
-        dq = product("bgrts,bsgp->btgrp", slopes, k)
-        return (
-            dq,
-            product("bgrts,btgrp->bsgp", slopes, own),
-            product("bgrts,btgrp->bsgp", weights, told),
-        )
+        slopes = jnp.where(seen[:, None, None], slopes, 0).astype(k.dtype)
+        dq, dk = product("bgrts,bsgp->btgrp", slopes, k), product("bgrts,btgrp->bsgp", slopes, own)
+        return dq, dk, product("bgrts,btgrp->bsgp", weights.astype(v.dtype), told)
+
+    def meet(dq: Array, sent: Any, held: Any) -> tuple[Array, Any]:
+        found = []
+        for given, (dk, dv) in zip(held, sent, strict=True):
+            more, *fresh = gradients(*given)
+            # Rounded on the way, as a sum over devices of the gathered form would be.
+            both = zip((dk, dv), fresh, strict=True)
+            found.append(tuple((x + y).astype(k.dtype) for x, y in both))
+            dq = dq + more
+        return dq, _passed(tuple(found), axis)
 
     def turn(carry, _):
         dq, sent, held = carry
-        coming, parts = _passed(held, axis), []
-        for given, (dk, dv) in zip(held, sent, strict=True):
-            more, *own = gradients(*given)
-            # Rounded on the way, as a sum over devices of the gathered form would be.
-            parts.append(tuple((x + y).astype(k.dtype) for x, y in zip((dk, dv), own, strict=True)))
-            dq = dq + more
-        return (dq, _passed(tuple(parts), axis), coming), None
+        coming = _passed(held, axis)
+        return (*meet(dq, sent, held), coming), None
 
     blank = lambda x, dtype: vary_like(jnp.zeros(x.shape, dtype), q, k)
     sent = _halves((blank(k, k.dtype), blank(v, v.dtype)))
     start = (blank(own, wide), sent, _halves((k, v, keys)))
-    (dq, sent, _), _ = lax.scan(turn, start, length=lax.axis_size(axis))
+    (dq, sent, held), _ = lax.scan(turn, start, length=lax.axis_size(axis) - 1)
+    dq, sent = meet(dq, sent, held)
     dk, dv = (jnp.concatenate(x, axis=1) for x in zip(*sent, strict=True))
     return dq.reshape(q.shape).astype(q.dtype), dk, dv, None, None
 

@@ -97,9 +97,10 @@ def _spread(run: Run) -> float:
     """Rows a device computes with one expert for each row of the global batch: the mesh's share."""
     if run.mesh is None:
         return 1.0
-    axes = {n: max(getattr(run.mesh, n), 1) for n in ("data", "fsdp", "expert")}
+    axes = {n: max(getattr(run.mesh, n), 1) for n in ("data", "fsdp", "sequence", "expert")}
     travel = axes["expert"] > 1  # rows of the whole expert axis meet at an expert's owner
-    return 1.0 / (axes["data"] * axes["fsdp"] * (1 if travel else axes["expert"]))
+    ways = axes["data"] * axes["fsdp"] * axes["sequence"]
+    return 1.0 / (ways * (1 if travel else axes["expert"]))
 
 
 def _by_shape(run: Run, plans: dict[str, Any]) -> list[Layer]:

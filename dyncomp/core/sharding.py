@@ -66,10 +66,13 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def parts(name: str) -> int:
-    """Into how many parts the current mesh splits a logical axis; 1 without a mesh or inside a `local_op`."""
+def parts(*names: str) -> int:
+    """Into how many parts the current mesh splits the last of these axes of an array; 1 without a mesh.
+
+    Inside a `local_op` too: there everything is whole.
+    """
     mesh = current_mesh()
-    return 1 if mesh is None or mesh.manual_axes else _size(mesh, to_spec((name,))[0])
+    return 1 if mesh is None or mesh.manual_axes else _size(mesh, to_spec(names)[-1])
 
 
 def _size(mesh: jax.sharding.AbstractMesh, axes: MeshAxes) -> int:
@@ -82,19 +85,19 @@ def constrain(x: Array, names: AxisNames) -> Array:
     A dimension of 1 (the position of a decode step) stays whole.
 
     Raises:
-      DyncompError: a dimension is not a multiple of its part of the mesh.
+      DyncompError: positions that the mesh does not divide.
     """
     mesh = current_mesh()
     if mesh is None or mesh.manual_axes:
         return x
-    spec = to_spec([name if size > 1 else None for name, size in zip(names, x.shape, strict=True)])
+    spec = [axes if size > 1 else None for axes, size in zip(to_spec(names), x.shape, strict=True)]
     for name, size, axes in zip(names, x.shape, spec, strict=True):
-        if size % (ways := _size(mesh, axes)):
+        if name == "seq" and size % (ways := _size(mesh, axes)):
             raise DyncompError(
-                f"axis {name!r} has {size} entries, not a multiple of mesh axis {axes!r}={ways}; change the size or "
-                f"the mesh, or set MeshSpec.rules = {{{name!r}: None}}"
+                f"{size} positions are not a multiple of mesh axis {axes}={ways}; change the length or the mesh, or "
+                "set MeshSpec.rules = {'seq': None}"
             )
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def local_op(

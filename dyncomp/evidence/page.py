@@ -115,7 +115,8 @@ def _again(results: dict[str, Any]) -> str:
     return (
         f"## Run it again\n\n```\ndyncomp reproduce {results['slug']} {flags}\n```\n\n"
         f"Minutes a seed, all arms, {where}: {minutes}. {made['cpu']}, Python {made['python']}, "
-        f"{versions}; {runs[-1]['environment']['date']}. Git revision of the seeds: {', '.join(revisions)} (+: with changes). "
+        f"{versions}; {runs[-1]['environment']['date']}. "
+        f"Git revision of the seeds: {', '.join(revisions)} (+: with changes). "
         f"SHA-256 of claims.toml: `{results['claims_digest'][:16]}`."
     )
 

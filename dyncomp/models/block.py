@@ -13,7 +13,7 @@ from dyncomp.core.sharding import constrain
 from dyncomp.core.typing import Array, Factory, Float, Int, check_factory
 from dyncomp.models.norm import Norm, NormKind
 
-ACTIVATION = ("batch", "seq", "embed")
+ACTIVATION = ("batch", "seq", None)
 
 
 class Block(nn.Module):

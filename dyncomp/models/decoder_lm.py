@@ -142,8 +142,9 @@ class DecoderLM(nn.Module):
         """
         own = tokens if vectors is None else jnp.maximum(tokens, 0)
         table = jnp.asarray(self.embedding)
-        if parts("seq") > 1:  # else XLA collects the looked-up rows of all positions
-            table = constrain(table, ("vocab", None))
+        if tokens.shape[1] > 1 and parts("batch", "seq") > 1:
+            # Else XLA collects the looked-up rows of all positions.
+            table = constrain(table.astype(self.dtypes.compute), ("vocab", None))
         x = jnp.take(table, own, axis=0).astype(self.dtypes.compute)
         if vectors is not None:
             x = jnp.where((tokens < 0)[:, :, None], vectors.astype(x.dtype), x)

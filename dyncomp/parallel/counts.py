@@ -60,6 +60,19 @@ def bounds(model: Any, variables: PyTree, inputs: Any) -> Bounds:
     return Bounds(out, {path: rows for path, rows in every.items() if path in out})
 
 
+def rows_of_every_expert(model: Any, variables: PyTree, inputs: Any) -> dict[str, int]:
+    """`Bounds.every`, without the other counts."""
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    found: dict[str, int] = {}
+
+    def forward(variables: Any, inputs: Any, keys: Any) -> None:
+        _, aux = apply(model, variables, inputs, train=True, rngs=keys, capture=("plan",))
+        found.update(_all_rows(flatten(aux.plans)))
+
+    jax.eval_shape(forward, variables, inputs, {"router": key, "dropout": key})
+    return found
+
+
 def executed_at_most(model: Any, variables: PyTree, inputs: Any) -> dict[str, int | None]:
     """`Bounds.executed`."""
     return bounds(model, variables, inputs).executed

@@ -150,7 +150,7 @@ def _rows(sizes: Sizes, backward: bool) -> int:
 def sizes_of(model: Any, program: Any, mesh: Mesh) -> Sizes | None:
     """Lengths, or None for another model than `predict_memory` knows."""
     known = isinstance(model, DecoderLM) and len(model.groups) == 1 and model.layers == "scan"
-    if not known or mesh.shape["sequence"] > 1:
+    if not known or mesh.shape.get("sequence", 1) > 1:
         return None
     (group,) = model.groups
     if len(group.blocks) != 1:

@@ -23,7 +23,7 @@ RULES: Mapping[str, MeshAxes] = {
         "sequence",
         "tensor",
     ),  # flattened (batch, seq) inside a local_op: every device has its own
-    # parameters (and the widths of activations; an axis that the batch already uses is skipped there)
+    # parameters, and what activations share with them
     "embed": ("fsdp", "sequence"),
     "mlp": "tensor",
     "heads": "tensor",
@@ -65,8 +65,18 @@ def use(mesh: Mesh | None, rules: Mapping[str, MeshAxes] | None = None) -> Itera
     if mesh is None:
         yield
         return
-    with jax.set_mesh(mesh), axis_rules(RULES if rules is None else rules):
+    with jax.set_mesh(mesh), axis_rules(known(mesh, rules)):
         yield
+
+
+def known(mesh: Mesh, rules: Mapping[str, MeshAxes] | None) -> dict[str, MeshAxes]:
+    """The table (default `RULES`) without axes that a mesh of the user's own lacks."""
+    found: dict[str, MeshAxes] = {}
+    for name, value in (RULES if rules is None else rules).items():
+        axes = (value,) if isinstance(value, str) else tuple(value or ())
+        held = tuple(axis for axis in axes if axis in mesh.axis_names)
+        found[name] = held[0] if len(held) == 1 else held or None
+    return found
 
 
 @contextlib.contextmanager
@@ -75,5 +85,5 @@ def traced_for(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None]:
 
     Unlike in `use`, what the body computes while it is traced (diffrax compares results) is computed here.
     """
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), axis_rules(rules):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), axis_rules(known(mesh, rules)):
         yield

@@ -9,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from dyncomp.core.errors import DyncompError
+from dyncomp.models import DecoderLM
 from dyncomp.parallel.aot import Program, compile_run, state_bytes
 from dyncomp.parallel.mesh import AXES, BATCH_AXES, MeshSpec
 from dyncomp.parallel.report import GIB, CompileReport
@@ -34,7 +35,7 @@ def candidates(run: Any, where: Topology) -> list[MeshSpec]:
     rules = run.mesh.rules if run.mesh else None
     batch = run.batch_size // run.accumulate
     found, reason = [], f"none divides a batch of {batch}"
-    length = program.batch["inputs"].shape[1] if batch < len(where.devices) else 1
+    length = _length(run, program) if batch < len(where.devices) else 1
     for sizes in meshes(len(where.devices), batch, _has_experts(program), length):
         spec = MeshSpec(**sizes, rules=rules)
         try:
@@ -88,6 +89,11 @@ def _factors(number: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
         return
     for size in (size for size in range(1, number + 1) if number % size == 0):
         yield from ({axes[0]: size, **rest} for rest in _factors(number // size, axes[1:]))
+
+
+def _length(run: Any, program: Program) -> int:
+    """Positions of a language model's sequence; 1 of what reads no tokens, whose positions the batch does not tell."""
+    return program.batch["inputs"].shape[1] if isinstance(run.model, DecoderLM) else 1
 
 
 def _has_experts(program: Program) -> bool:

@@ -18,7 +18,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.sharding import MeshAxes, axis_rules, to_spec
 from dyncomp.core.typing import PyTree
 from dyncomp.parallel.mesh import BATCH_AXES, check_batch
-from dyncomp.parallel.rules import RULES
+from dyncomp.parallel.rules import known
 
 Names = Mapping[tuple[str, ...], tuple[tuple[str | None, ...], tuple[int, ...]]]
 """Path of a parameter -> (logical names, shape)."""
@@ -68,7 +68,7 @@ def placed(
     names: Names, tree: PyTree, mesh: Mesh, rules: Mapping[str, MeshAxes] | None = None
 ) -> PyTree:
     """A pytree like ``tree`` of NamedShardings; see `shardings_for`."""
-    with axis_rules(RULES if rules is None else rules):
+    with axis_rules(known(mesh, rules)):
         place = lambda path, leaf: NamedSharding(mesh, _spec(_keys(path), leaf, names, mesh))
         return jax.tree_util.tree_map_with_path(place, tree)
 

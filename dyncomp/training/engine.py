@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
-from dyncomp.parallel.counts import bounds
+from dyncomp.parallel.counts import rows_of_every_expert
 from dyncomp.parallel.mesh import MeshSpec, check_batch
 from dyncomp.parallel.rules import make_rules, use
 from dyncomp.parallel.shardings import (
@@ -80,7 +80,7 @@ class Engine:
         variables = {"params": like.params, "controls": like.controls}
         inputs = jax.ShapeDtypeStruct((batch, *self.inputs.shape[1:]), self.inputs.dtype)
         with self.context():
-            every = bounds(self.run.model, variables, inputs).every
+            every = rows_of_every_expert(self.run.model, variables, inputs)
         return {path: self.run.accumulate * rows for path, rows in every.items()}
 
     def like(self, step: int) -> TrainState:

@@ -35,11 +35,15 @@ def both(fn, q, k, v, sight):
     return [out, *grads]
 
 
+# mesh, heads, words of the sight, real positions of each row (below 0: the last ones)
 CASES = {
     "causal, grouped heads": ({"sequence": 4}, (4, 2), {}, None),
     "not causal, padding": ({"sequence": 2, "data": 2}, (2, 2), {"causal": False}, [8, 5]),
     "causal, padding": ({"sequence": 4}, (2, 1), {}, [3, 8]),
     "a window": ({"sequence": 4}, (2, 2), {"window": 3}, None),
+    "queries that see nothing": ({"sequence": 4}, (2, 2), {}, [-3, 0]),
+    "nothing in the window": ({"sequence": 4}, (2, 2), {"window": 2}, [2, 8]),
+    "the axis of another rule": ({"tensor": 4}, (2, 1), {}, None),
     "heads split too": ({"sequence": 2, "tensor": 2, "data": 1}, (4, 2), {}, None),
 }
 
@@ -50,11 +54,13 @@ def test_values_and_gradients_are_those_of_one_device(case):
     with jax.enable_x64(True):
         q, k, v = drawn(*heads)
         place = jnp.arange(T, dtype=jnp.int32)
-        real = np.arange(T) < np.asarray(lengths or [T] * B)[:, None]
+        count = np.asarray(lengths or [T] * B)[:, None]
+        real = np.where(count < 0, np.arange(T) >= T + count, np.arange(T) < count)
         sight = Sight(place, jnp.where(real, place, -1), **words)
         dense = lambda q, k, v, sight: attend(q, k, v, sight.all())
         wanted = both(dense, q, k, v, sight)
-        with use(MeshSpec(**{"data": 1, **mesh}).build()):
+        rules = make_rules({"seq": "tensor"} if "sequence" not in mesh else None)
+        with use(MeshSpec(**{"data": 1, **mesh}).build(), rules):
             found = both(ring_attention, q, k, v, sight)
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-13)
@@ -108,6 +114,12 @@ def test_what_is_sent(across, kind):
     assert set(found) == {kind}
 
 
+def test_a_form_that_is_none(unchecked):
+    x, _, variables = inputs()
+    with pytest.raises(DyncompError, match="Attention.across='rign': use 'ring' or 'gather'"):
+        layer(across="rign").apply(variables, x)
+
+
 def test_one_example_on_a_mesh_that_splits_the_batch():
     x, _, variables = inputs()
     wanted, _ = layer().apply(variables, x[:1])
@@ -122,7 +134,7 @@ def test_a_decode_step_and_lengths_that_do_not_divide():
         cache = layer().init_cache(16, B, T)
         y, aux = layer().apply(variables, x[:, :4], cache=cache)
         step, _ = layer().apply(variables, x[:, 4:5], cache=aux.cache)
-        with pytest.raises(DyncompError, match="'seq' has 6 entries, not a multiple"):
+        with pytest.raises(DyncompError, match="6 positions are not a multiple of mesh axis seq"):
             layer().apply(variables, x[:, :6])
     whole, _ = layer().apply(variables, x[:, :5])
     np.testing.assert_allclose(jnp.concatenate([y, step], axis=1), whole, atol=1e-5)

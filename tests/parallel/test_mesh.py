@@ -166,3 +166,15 @@ def test_constrain_places_and_is_identity_inside_a_local_op():
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 2)
     assert constrain(x, ("batch", "embed")) is x
     assert batch_sharding(mesh).is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 2)
+
+
+def test_a_mesh_of_the_users_own_and_sizes_that_do_not_divide():
+    """Rules name axes that such a mesh lacks; a batch that is not split evenly is padded, a dimension of 1 whole."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
+    with use(mesh):
+        for shape in ((6, 3, 8), (1, 3, 8), (3, 1, 8)):
+            y = jax.jit(lambda x: constrain(x, ("batch", "seq", "mlp")))(jnp.ones(shape))
+            np.testing.assert_array_equal(y, 1.0)
+    with use(MeshSpec(data=1, fsdp=4).build()):
+        alone = jax.jit(lambda x: constrain(x, ("batch", "seq", "embed")))(jnp.ones((1, 3, 8)))
+    assert alone.sharding.is_fully_replicated
