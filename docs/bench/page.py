@@ -39,7 +39,9 @@ def section(result):
     return "\n".join(
         [
             f"## {result['bench']}\n",
-            f"`dyncomp bench {result['bench']}`. {text}revision {made['revision'][:12]}{dirty}.\n",
+            f"`dyncomp bench {result['bench']}`. {text}revision {made['revision'][:12]}{dirty}."
+            f" {result.get('note', '')}".rstrip()
+            + "\n",
             "| row | ratio | interval | asked | verdict | runs |",
             "| --- | --- | --- | --- | --- | --- |",
             *map(line, result["rows"]),
