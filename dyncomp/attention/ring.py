@@ -1,9 +1,9 @@
 """Attention of sequences that lie split over devices: keys and values go round a ring (Liu et al. 2023, 2310.01889).
 
 Every device keeps its queries and meets the keys of one device after another, renormalising the softmax from block to
-block. What is kept for the backward pass is what came in and two numbers a query: scores are made again, while keys,
-values and their gradients go round once more. The whole keys of a sequence are on no device. Causal blocks that no
-query sees are computed all the same: the device with the last positions needs every block, and the others wait for it.
+block. Kept for the backward pass are what came in, what came out and two numbers a query: scores are made again, while
+keys, values and their gradients go round once more. The whole keys of a sequence are on no device. Causal blocks that
+no query sees are computed all the same: the device with the last positions needs every block, the others wait for it.
 """
 
 import functools
