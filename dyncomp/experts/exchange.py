@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.core.sharding import current_mesh, to_spec
+from dyncomp.core.sharding import current_mesh, parts, to_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,8 @@ def layout(options: Exchange, num_experts: int) -> Layout | None:
     mesh = current_mesh()
     if mesh is None or mesh.manual_axes or options.slices == 0:
         return None
-    size = lambda axes: math.prod(
-        mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())
-    )
     axis, group_axis = to_spec(("expert",))[0], to_spec(("mlp",))[0]
-    ways, group = size(axis), size(group_axis)
+    ways, group = parts("expert"), parts("mlp")
     if ways == 1:
         return None
     slices = group if options.slices is None else options.slices
