@@ -7,6 +7,9 @@ Two products give weights and slopes, in registers; their products with what was
     q, do   k, v      q k^T, do v^T               d_q += slopes k
     k, v    q, do     k q^T, v do^T               d_k += slopes q, d_v += weights do
 
+Before its first step a tile of queries streams its outputs too: what slopes lose is the sum of outputs times `do`, less
+the gradient of the log-sum-exp. The kernel of keys, which runs after, reads it.
+
 Every sum has one order: results are the same from run to run.
 """
 
@@ -36,6 +39,7 @@ from dyncomp_kernels.sparse_attention.mosaic_pieces import (
     start_of,
     taken,
 )
+from dyncomp_kernels.sparse_attention.scores import LOG2E, LOW
 
 QUERY_STAGES, KEY_STAGES = 2, 4
 """Steps in flight: of the kernels that own queries and keys."""
@@ -50,9 +54,11 @@ class Task(NamedTuple):
       load: of (warpgroup, memory for its rows of the two tiles, barrier), copies what it owns.
       copy: of (step, memory for what is streamed, barrier).
       place: of a step: where what it streams begins.
-      weigh: of a warpgroup: a function of (place, scores, memory with the numbers of streamed queries) to weights, and
-        one of (weights, slopes, that memory) to slopes.
+      weigh: of a warpgroup: a function of (place, scores, memory with the numbers of queries) to weights, and one of
+        (weights, slopes, that memory) to slopes.
       store: of (sums, memory that copies start from).
+      before: of (warpgroup, memory, barrier), copies what is streamed before the first step; None for nothing.
+      count: of (warpgroup, that memory, own second tile, memory for the numbers), finds the numbers of own queries.
     """
 
     live: Any
@@ -62,17 +68,19 @@ class Task(NamedTuple):
     place: Callable[..., Any]
     weigh: Callable[..., Any]
     store: Callable[..., None]
+    before: Callable[..., None] | None = None
+    count: Callable[..., None] | None = None
 
 
-def query_kernel(plan: Plan, order, index, q, d_out, numbers, k, v, *rest) -> None:
+def query_kernel(plan: Plan, order, index, q, out, d_out, lse, d_lse, k, v, *rest) -> None:
     """Gradient of the queries.
 
     Args:
-      order, index, q, k, v: as `mosaic_forward.forward_kernel`; d_out: like q.
-      numbers: float32 [b h 2 t']: log-sum-exp in base 2, and what slopes lose.
-      rest: marks of padding, as there; then d_q, like q.
+      order, index, q, k, v: as `mosaic_forward.forward_kernel`; out, d_out: like q; lse, d_lse: float32 [b h t'].
+      rest: marks of padding, as there; then d_q, like q, and numbers, float32 [b h 2 t'], written where a list holds
+        something: log-sum-exp in base 2, and what slopes lose.
     """
-    *marks, d_q = rest
+    *marks, d_q, numbers = rest
 
     def task(turn) -> Task:
         tile = QueryTile.of(plan, turn, order, index)
@@ -88,22 +96,42 @@ def query_kernel(plan: Plan, order, index, q, d_out, numbers, k, v, *rest) -> No
             plgpu.copy_gmem_to_smem(k.at[slab], first, barrier)
             plgpu.copy_gmem_to_smem(v.at[slab], second, barrier)
 
-        def weigh(part):
+        def before(part, room, barrier):
             head, rows = tile.half(part)
-            less, lost = (taken(numbers.at[tile.batch, head, i, rows], 0) for i in range(2))
+            plgpu.copy_gmem_to_smem(out.at[tile.batch, rows, head], room, barrier)
 
-            def weight(key, scores, _):
-                scores = masked(plan, scores, tile.batch, start_of(order) + rows.start, key, marks)
-                return jnp.exp2(scores * plan.scale - along(less, scores, 0))
+        def count(part, outs, d_outs, told):
+            head, rows = tile.half(part)
+            base_two = taken(lse.at[tile.batch, head, rows], 0) * LOG2E
+            products = outs[...].astype(jnp.float32) * d_outs[...].astype(jnp.float32)
+            lost = jnp.sum(products, axis=1) - taken(d_lse.at[tile.batch, head, rows], 0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            blind = base_two == -jnp.inf  # has weights of 0
+            told[0] = jnp.where(blind, jnp.full_like(base_two, -LOW), base_two)
+            told[1] = lost
+            plgpu.commit_smem()
+            for i in range(2):
+                plgpu.copy_smem_to_gmem(told.at[i], numbers.at[tile.batch, head, i, rows])
 
-            return weight, lambda weights, slopes, _: weights * (slopes - along(lost, slopes, 0))
+        def weigh(part):
+            def weight(key, scores, told):
+                place = start_of(order) + tile.half(part)[1].start
+                scores = masked(plan, scores, tile.batch, place, key, marks)
+                return jnp.exp2(scores * plan.scale - along(taken(told.at[0], 0), scores, 0))
+
+            def slope(weights, slopes, told):
+                return weights * (slopes - along(taken(told.at[1], 0), slopes, 0))
+
+            return weight, slope
 
         def store(sums, kept, part):
             head, rows = tile.half(part)
             _fill(kept, sums[0] * (1 / math.sqrt(plan.size.p)))
             plgpu.copy_smem_to_gmem(kept, d_q.at[tile.batch, rows, head])
 
-        return Task(tile.live, tile.steps, load, copy, tile.first_key, weigh, store)
+        return Task(
+            tile.live, tile.steps, load, copy, tile.first_key, weigh, store, before, count
+        )
 
     _persistent(plan, plan.query_turns, task, plan.keys, QUERY_STAGES, 1, q.dtype)
 
@@ -114,7 +142,7 @@ def key_kernel(plan: Plan, order, index, count, q, d_out, numbers, k, v, *rest) 
     Args:
       order: blocks of keys [b*g*y], by the lengths of the lists of all groups (`mosaic_gpu.by_length`).
       index, count: [w a y x] and [w a y], the transposed lists.
-      q, d_out, numbers, k, v: as `query_kernel`.
+      q, d_out, k, v: as `query_kernel`; numbers: as it writes.
       rest: marks of padding; then d_k, d_v, like k, of each part.
     """
     *marks, d_k, d_v = rest
@@ -190,9 +218,15 @@ def _fill(kept, total) -> None:
     plgpu.commit_smem()
 
 
+def _half(tile, part):
+    """A warpgroup's rows of a tile."""
+    return tile.at[pl.ds(part * HALF, HALF)]
+
+
 def _persistent(plan: Plan, turns: int, task, columns: int, stages: int, sums: int, dtype) -> None:
     """Runs the block's share of the tiles: steps stream tiles of so many ``columns``, ``sums`` are of p columns."""
     streamed = sums == 2  # queries, with their numbers
+    lead = 0 if streamed else 1  # stages that outputs take
 
     def roles(own, flow, told, kept, own_full, own_free, full, first_free, second_free, turn):
         stage = lambda step: lax.rem(step, stages)
@@ -209,14 +243,27 @@ def _persistent(plan: Plan, turns: int, task, columns: int, stages: int, sums: i
                 do = task(i)
                 ahead = jnp.minimum(stages - 2, do.steps - 1)  # steps copied before
 
-                def step(j, _):
-                    at = stage(begun + j)
+                def room(turn):
+                    at = stage(turn)
 
-                    @pl.when(begun + j >= stages)
+                    @pl.when(turn >= stages)
                     def _():
                         plgpu.barrier_wait(first_free.at[at])
                         plgpu.barrier_wait(second_free.at[at])
 
+                    return at
+
+                @pl.when(do.steps > 0)
+                def _():
+                    if do.before:
+                        at = room(begun)
+                        for part in range(HALVES):
+                            do.before(part, _half(flow.at[at, 0], part), full.at[at])
+
+                begun = begun + jnp.where(do.steps > 0, lead, 0)
+
+                def step(j, _):
+                    at = room(begun + j)
                     do.copy(j, flow.at[at, 0], flow.at[at, 1], told.at[at], full.at[at])
 
                     @pl.when(j == ahead)
@@ -251,15 +298,31 @@ def _persistent(plan: Plan, turns: int, task, columns: int, stages: int, sums: i
                 if streamed:
                     plgpu.barrier_arrive(second_free.at[stage(step)])
 
+            def prepare(do, turn):
+                if do.count is None:
+                    plgpu.barrier_wait(own_full.at[part])
+                    return
+                # A turn more: the other warpgroup may still be at the last step, whose stage the first one needs.
+                pl.when(part == 0)(meet)
+                at = stage(turn)
+                plgpu.barrier_wait(own_full.at[part])
+                plgpu.barrier_wait(full.at[at])
+                do.count(part, _half(flow.at[at, 0], part), own.at[1, part], told.at[part])
+                plgpu.barrier_arrive(first_free.at[at])
+                plgpu.barrier_arrive(second_free.at[at])
+                pl.when(part == 1)(meet)
+
             def add(i, begun):
                 do = task(i)
+                pl.when(do.steps > 0)(lambda: prepare(do, begun))
+                begun = begun + jnp.where(do.steps > 0, lead, 0)
                 weight, slope = do.weigh(part)
-                pl.when(do.steps > 0)(lambda: plgpu.barrier_wait(own_full.at[part]))
 
                 def steps(*totals):
                     def step(j, _):
                         at, place = stage(begun + j), do.place(j)
                         first, second = flow.at[at, 0], flow.at[at, 1]
+                        numbers = told.at[at if streamed else part]
                         plgpu.barrier_wait(full.at[at])
 
                         def both(scores, slopes):
@@ -269,18 +332,14 @@ def _persistent(plan: Plan, turns: int, task, columns: int, stages: int, sums: i
                             found = plgpu.wgmma_accumulator_load(scores, wait_n=1)
                             if streamed:  # what the step before added is done too
                                 pl.when(j > 0)(lambda: release(begun + j - 1))
-                            weights = weight(place, found, told.at[at])
-                            sloped = slope(weights, slopes[...], told.at[at])
+                            weights = weight(place, found, numbers)
+                            sloped = slope(weights, slopes[...], numbers)
                             return weights.astype(dtype), sloped.astype(dtype)
 
                         acc = plgpu.ACC((HALF, columns))
                         weights, slopes = pl.run_scoped(both, acc, acc)
                         if not streamed:
                             plgpu.barrier_arrive(second_free.at[at])
-
-                        @pl.when(j == do.steps - 1)
-                        def _():
-                            plgpu.barrier_arrive(own_free.at[part])
 
                         if streamed:
                             plgpu.commit_smem()  # numbers are read before copies write there
@@ -293,6 +352,7 @@ def _persistent(plan: Plan, turns: int, task, columns: int, stages: int, sums: i
                             release(begun + j)
 
                     lax.fori_loop(0, do.steps, step, None)
+                    pl.when(do.steps > 0)(lambda: plgpu.barrier_arrive(own_free.at[part]))
                     found = tuple(total[...] for total in totals)
                     if streamed:
                         pl.when(do.steps > 0)(lambda: release(begun + do.steps - 1))
@@ -314,7 +374,7 @@ def _persistent(plan: Plan, turns: int, task, columns: int, stages: int, sums: i
         roles,
         tile(2, HALVES, HALF),
         tile(stages, 2, columns),
-        plgpu.SMEM((stages, 2, HALF), jnp.float32),
+        plgpu.SMEM((max(stages, HALVES), 2, HALF), jnp.float32),
         tile(HALVES, HALF),
         plgpu.Barrier(num_arrivals=2, num_barriers=HALVES),
         plgpu.Barrier(num_barriers=HALVES),

@@ -97,24 +97,19 @@ def backward(
     if size.columns % KEYS:
         return pallas_triton.backward(saved, lists, offset, real, d_out, d_lse, seeing)
     plan, long = Plan(size, SMS), size.x * size.rows
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    shift = jnp.where(jnp.isfinite(lse), lse * LOG2E, -LOW)  # weights of a blind row are 0
-    shift, delta = lax.optimization_barrier(
-        (shift, delta)
-    )  # one pass each: else XLA transposes as it adds up
-    numbers = jnp.stack([_padded(x, long).swapaxes(1, 2) for x in (shift, delta)], axis=2)
-    streams = _padded(q, long), _padded(d_out.astype(q.dtype), long), numbers
+    queries, outputs, d_outputs = (_padded(x.astype(q.dtype), long) for x in (q, out, d_out))
+    sums = (_padded(x, long).swapaxes(1, 2) for x in (lse, d_lse))
     keys = _keys(plan, k, v, real)
     order = by_length(_counts(lists.count, size), size.m, offset)
-    outs = [(streams[0].shape, q.dtype)]
-    args = order, lists.index, *streams, *keys
-    (d_q,) = _call("sparse_attention_query_gradient", query_kernel, plan, outs, args)
+    outs = [(queries.shape, q.dtype), ((size.b, size.h, 2, long), jnp.float32)]
+    args = order, lists.index, queries, outputs, d_outputs, *sums, *keys
+    d_q, numbers = _call("sparse_attention_query_gradient", query_kernel, plan, outs, args)
     back, plan = transposed(lists, size.y), _key_plan(size)
     counts = jnp.broadcast_to(back.count, (size.b, size.u, size.y))
     counts = counts.reshape(size.b, size.g, -1, size.y).sum(2)
     order = by_length(counts, size.u // size.g * size.x, offset)
     outs = [((plan.parts, *keys[0].shape), k.dtype)] * 2
-    args = order, back.index, back.count, *streams, *keys
+    args = order, back.index, back.count, queries, d_outputs, numbers, *keys
     found = _call("sparse_attention_key_gradients", key_kernel, plan, outs, args)
     d_k, d_v = (x[0] if plan.parts == 1 else _added(x) for x in found)
     return d_q[:, : size.t], d_k[:, : size.s], d_v[:, : size.s]
