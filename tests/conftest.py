@@ -4,13 +4,16 @@ Shapes and types of our packages are checked at run time: pyproject.toml sets ``
 """
 
 import gc
+import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-# Where machine code is not optimised, XLA's newer fusion emitter is most of what is left of compiling.
-if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS"):
+# Where machine code is not optimised, XLA's newer fusion emitter is most of what is left of compiling; from jaxlib 0.11
+# on there is no other, and XLA ends the process for a flag that it does not know.
+old_emitters = importlib.metadata.version("jaxlib").startswith("0.10.")
+if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and old_emitters:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("MPLBACKEND", "agg")
 

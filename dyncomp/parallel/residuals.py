@@ -24,11 +24,13 @@ def stacked(jaxpr: Any) -> Iterator[list[Any]]:
     wanted = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
     outer = origins(jaxpr, jaxpr.invars)
     for eqn in (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"):
-        body, carried = eqn.params["jaxpr"].jaxpr, eqn.params["num_carry"]
+        body = eqn.params["jaxpr"].jaxpr
         given = [_key(outer, var) for var in eqn.invars]
         own = origins(body, [EMPTY if key is EMPTY else object() for key in given])
         groups: dict[Any, list[Any]] = {}
-        for inside, var in zip(body.outvars[carried:], eqn.outvars[carried:], strict=True):
+        for inside, var in zip(body.outvars, eqn.outvars, strict=True):
+            if var.aval.ndim == inside.aval.ndim:
+                continue  # carried, not stacked
             if var in wanted and (key := _key(own, inside)) is not EMPTY:
                 groups.setdefault(key, []).append(var.aval)
         yield from groups.values()

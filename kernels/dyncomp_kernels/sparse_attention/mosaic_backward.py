@@ -129,9 +129,7 @@ def query_kernel(plan: Plan, order, index, q, out, d_out, lse, d_lse, k, v, *res
             _fill(kept, sums[0] * (1 / math.sqrt(plan.size.p)))
             plgpu.copy_smem_to_gmem(kept, d_q.at[tile.batch, rows, head])
 
-        return Task(
-            tile.live, tile.steps, load, copy, tile.first_key, weigh, store, before, count
-        )
+        return Task(tile.live, tile.steps, load, copy, tile.first_key, weigh, store, before, count)
 
     _persistent(plan, plan.query_turns, task, plan.keys, QUERY_STAGES, 1, q.dtype)
 

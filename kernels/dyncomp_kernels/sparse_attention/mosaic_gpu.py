@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dyncomp_kernels._compat import vary_like
@@ -27,7 +27,6 @@ from dyncomp_kernels.sparse_attention.mosaic_pieces import (
     START,
     Plan,
 )
-from dyncomp_kernels.sparse_attention.scores import LOG2E, LOW
 from dyncomp_kernels.sparse_attention.xla import Seeing
 
 SMS = 132
