@@ -59,6 +59,7 @@ PROBLEMS = [
     Problem(700, 900, 4, 4, 128, 1, 128, 256, "bfloat16", padded=True),
     Problem(700, 900, 8, 2, 128, 8, 128, 128, "bfloat16", padded=True, window=200),
     Problem(1000, 1100, 8, 2, 64, 1, 64, 128, "bfloat16", causal=False),
+    Problem(1024, 1024, 16, 4, 128, 4, 128, 128, "bfloat16"),  # more tiles than multiprocessors
     Problem(700, 900, 4, 4, 128, 1, 128, 256, "float32", padded=True),
     Problem(512, 2048, 8, 2, 64, 2, 128, 64, "float32", density=0.1),
 ]
