@@ -69,7 +69,7 @@ test: lint
 	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.stamp-peers
-	DYNCOMP_SMOLLM2="$${DYNCOMP_SMOLLM2:-$$(ls $(SMOLLM2)/*.whl 2>/dev/null)}" $(BIN)/pytest -m peers $(PYTEST_ARGS)
+	DYNCOMP_SMOLLM2="$${DYNCOMP_SMOLLM2:-$$(ls $(SMOLLM2)/*.whl 2>/dev/null)}" $(BIN)/pytest -m peers -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-schedulers: $(VENV)/.stamp-schedulers
 	PATH="$$PATH:$(abspath $(VENV))/skypilot/bin:$(abspath $(VENV))/xpk/bin" \
