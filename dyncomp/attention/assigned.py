@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dyncomp.attention.attend import attend_seen
 from dyncomp.attention.chosen import Chosen, attend_chosen, by_head, of_lists
-from dyncomp.attention.patterns import VerticalSlash
+from dyncomp.attention.patterns import VerticalSlash, check_tile
 from dyncomp.attention.sight import Sight
 from dyncomp.core.aux import Count
 from dyncomp.core.errors import DyncompError
@@ -40,6 +40,9 @@ class Everything:
     """
 
     tile: int = 64
+
+    def __post_init__(self):
+        check_tile(self)
 
     def __call__(self, q, k, v, sight):
         """`attend_seen`."""

@@ -207,7 +207,7 @@ class Attention(nn.Module):
         """Without a cache."""
         b, t = q.shape[:2]
         if self._sparse_from(t):
-            mixed, pairs = self._sparse(q, k, v, sight)
+            mixed, pairs = self._sparse(q, k, v, sight, padded=real is not None)
             return mixed, Work(pairs.executed, jnp.broadcast_to(pairs.needed, (b,)))
         apart = parts("batch", "seq") > 1
         if apart and sight.visible is None and self.across == "ring":
@@ -245,7 +245,12 @@ class Attention(nn.Module):
         """Attention of new positions over the slots of a cache, as `Asked.mix` tells."""
         sight = Sight(place, key_place, visible, self.causal, self.window)
         sight = dataclasses.replace(sight, **more) if more else sight
-        if self._sparse_from(q.shape[1]) and not more:
+        if self._sparse_from(q.shape[1]):
+            if more:
+                raise DyncompError(
+                    "Attention.pattern goes without a cache that hides or anchors slots (SinkWindow); use pattern=None"
+                    " or another cache"
+                )
             mixed, pairs = self._sparse(q, k, v, sight)
             return mixed, pairs.executed
         return attend_seen(q, k, v, sight)
@@ -270,7 +275,9 @@ class Attention(nn.Module):
         own = tokens * (tokens + 1) // 2 if self.causal else tokens * tokens
         return own + tokens * earlier
 
-    def _sparse(self, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Count]:
+    def _sparse(
+        self, q: Array, k: Array, v: Array, sight: Sight, padded: bool = True
+    ) -> tuple[Array, Count]:
         """The pattern's values and pairs. What it decides at run time lies under ``controls``, at ``pattern``.
 
         Raises:
@@ -283,7 +290,7 @@ class Attention(nn.Module):
         assert self.pattern is not None
         check_factory(self.pattern, "Attention.pattern")
         told = self.get_variable("controls", "pattern")
-        mixed, pairs = on_own_heads(self.pattern(), q, k, v, sight, told)
+        mixed, pairs = on_own_heads(self.pattern(), q, k, v, sight, told, padded)
         return mixed, jax.tree.map(lambda x: jnp.round(x).astype(jnp.int32), pairs)
 
     def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dyncomp.attention.compact import compacted
 from dyncomp.attention.sight import Sight
 from dyncomp.core.aux import Count
 from dyncomp.core.sharding import local_op
@@ -14,7 +15,13 @@ from dyncomp.core.typing import Array, Float
 
 
 def on_own_heads(
-    pattern: Any, q: Float[Array, "b t h p"], k: Array, v: Array, sight: Sight, told: Any
+    pattern: Any,
+    q: Float[Array, "b t h p"],
+    k: Array,
+    v: Array,
+    sight: Sight,
+    told: Any,
+    padded: bool = True,
 ) -> tuple[Float[Array, "b t h p"], Count]:
     """A pattern on each device's own sequences under a mesh, and own heads where heads choose apart; at once on one.
 
@@ -22,6 +29,7 @@ def on_own_heads(
 
     Args:
       told: what the pattern finds in ``controls``; None for nothing.
+      padded: some slots between others may hold nothing; the pattern gets sequences without them (`compacted`).
 
     Returns:
       Mixed values and the mean pairs of a sequence's head, float32.
@@ -35,7 +43,8 @@ def on_own_heads(
     def local(q: Array, k: Array, v: Array, key_place: Array, *leaves: Array) -> Any:
         place, told = jax.tree.unflatten(treedef, leaves)
         own = dataclasses.replace(sight, place=place, key_place=key_place)
-        mixed, pairs = pattern(q, k, v, own, *(() if told is None else (told,)))
+        attend = lambda *args: pattern(*args, *(() if told is None else (told,)))
+        mixed, pairs = compacted(attend, q, k, v, own) if padded else attend(q, k, v, own)
         pairs = pairs if isinstance(pairs, Count) else Count(pairs, pairs)
         wide = lambda x: jnp.asarray(x, jnp.float32).reshape(1, 1)
         return mixed, wide(pairs.needed), wide(pairs.executed)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dyncomp.attention.asked import pick
 from dyncomp.attention.attend import attend_seen
 from dyncomp.attention.chosen import Chosen, attend_chosen, of_lists
 from dyncomp.attention.selection import (
@@ -50,6 +51,16 @@ class Pattern(Protocol):
         ...
 
 
+def check_tile(pattern: Any) -> None:
+    """Refuses a pattern whose blocks hold nothing.
+
+    Raises:
+      DyncompError: names the attribute.
+    """
+    if pattern.tile < 1:
+        raise DyncompError(f"{type(pattern).__name__}.tile={pattern.tile}: use at least 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class AShape:
     """The first ``sink`` keys and the ``window`` places up to a query's own (StreamingLLM, arXiv 2309.17453).
@@ -68,6 +79,7 @@ class AShape:
             raise DyncompError(
                 f"AShape.window={self.window}, sink={self.sink}: use at least 1 and 0"
             )
+        check_tile(self)
 
     def __call__(self, q, k, v, sight):
         """The same blocks for all heads; their lists are as long as the longest needs."""
@@ -105,6 +117,14 @@ class TopBlocks:
     sink: int = 1
     local: int = 1
 
+    def __post_init__(self):
+        if self.blocks < max(self.sink + self.local, 1) or min(self.sink, self.local) < 0:
+            raise DyncompError(
+                f"{type(self).__name__}.blocks={self.blocks}, sink={self.sink}, local={self.local}: use at least one"
+                " block, and as many as those forced"
+            )
+        check_tile(self)
+
     def __call__(self, q, k, v, sight):
         """Lists of their own for each head."""
         lists = self._lists(q, k, sight)
@@ -122,16 +142,17 @@ class TopBlocks:
     def _lists(self, q: Array, k: Array, sight: Sight) -> BlockLists:
         size = self.tile
         start = size * jnp.arange(blocks_of(q.shape[1], size), dtype=jnp.int32) + sight.place[0]
-        last = jnp.minimum(start + size - 1, sight.place[-1])[:, None]
+        last = jnp.minimum(start + size - 1, sight.ends()[:, None] - 1)[:, None, :, None]
         first = size * jnp.arange(blocks_of(k.shape[1], size), dtype=jnp.int32)
-        causal = first[None] <= last
-        own = (last - first[None]) // size
-        forced = (first[None] < self.sink * size) | (own < self.local)
-        chosen = best_blocks(self._scores(q, k), self.blocks, causal, forced)
+        causal = first <= last
+        own = (last - first) // size
+        forced = (first < self.sink * size) | (own < self.local)
+        chosen = best_blocks(self._scores(q, k, sight), self.blocks, causal, forced)
         return lists_of(chosen, size, size, self.blocks)
 
-    def _scores(self, q: Array, k: Array) -> Float[Array, "b h x y"]:
-        return pooled_scores(q, k, self.tile, self.tile)
+    def _scores(self, q: Array, k: Array, sight: Sight) -> Float[Array, "b h x y"]:
+        asked = sight.place[None] < sight.ends()[:, None]
+        return pooled_scores(q, k, self.tile, self.tile, (asked, _real(sight, k)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +170,9 @@ class RandomBlocks(TopBlocks):
         del t, s
         return 0
 
-    def _scores(self, q: Array, k: Array) -> Float[Array, "b h x y"]:
+    def _scores(self, q: Array, k: Array, sight: Sight) -> Float[Array, "b h x y"]:
         """As many as `pooled_scores` gives."""
+        del sight
         (b, t, h, _), size = q.shape, self.tile
         told = lax.bitcast_convert_type(q[0, -1, 0, 0].astype(jnp.float32), jnp.int32)
         key = jax.random.fold_in(jax.random.key(self.seed), told)
@@ -180,6 +202,7 @@ class VerticalSlash:
             raise DyncompError(
                 f"VerticalSlash: vertical={self.vertical}, slash={self.slash}, local={self.local}; use at least 1 each"
             )
+        check_tile(self)
 
     def __call__(self, q, k, v, sight):
         """Spans of the diagonals and the columns that no span holds, merged by their log-sum-exps."""
@@ -200,9 +223,8 @@ class VerticalSlash:
         self, q: Array, k: Array, sight: Sight, slash: Array | int | None = None
     ) -> dict[str, Array]:
         """Places of ``columns`` and, descending, of diagonals (``offsets``), each with its ``count`` [b h]."""
-        probe, end = min(self.probe, q.shape[1]), sight.place[-1] + 1
-        place = sight.place[-probe:]
-        weights = recent_attention(q[:, -probe:], k, place, _real(sight, k))
+        probes, place = _newest(q, sight, min(self.probe, q.shape[1]))
+        weights, end = recent_attention(probes, k, place, _real(sight, k)), sight.ends()[:, None]
         vertical, most = max(self.vertical, self.sink), max(self.slash, self.local)
         columns, columns_count = best(vertical_scores(weights), vertical, vertical, self.sink, end)
         budget = most if slash is None else jnp.maximum(slash, self.local)
@@ -270,6 +292,14 @@ def head_errors(
         errors.append(jnp.mean(jnp.square(gap), axis=(0, 1, 3)))
         pairs.append(computed)
     return jnp.stack(errors), jnp.stack(pairs)
+
+
+def _newest(q: Array, sight: Sight, count: int) -> tuple[Array, Array]:
+    """The newest queries of each sequence [b w h p] and their places [#b w], -1 where it has not so many."""
+    if sight.end is None:
+        return q[:, -count:], sight.place[None, -count:]
+    row = (sight.end - sight.place[0])[:, None] - count + jnp.arange(count, dtype=jnp.int32)
+    return pick(q, jnp.maximum(row, 0)), jnp.where(row < 0, -1, sight.place[0] + row)
 
 
 def _descending(index: Array, count: Array) -> Array:

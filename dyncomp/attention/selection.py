@@ -43,31 +43,50 @@ def vertical_scores(weights: Float[Array, "b h w s"]) -> Float[Array, "b h s"]:
     return jnp.sum(weights, axis=2)
 
 
-def slash_scores(weights: Float[Array, "b h w s"], place: Int[Array, "w"]) -> Float[Array, "b h s"]:
+def slash_scores(
+    weights: Float[Array, "b h w s"], place: Int[Array, "#b w"] | Int[Array, "w"]
+) -> Float[Array, "b h s"]:
     """How much probing queries look at the key o places before them, for o = 0, 1, ..., s - 1."""
     s = weights.shape[-1]
-    key = place[:, None] - jnp.arange(s, dtype=jnp.int32)[None]
+    key = place[..., None] - jnp.arange(s, dtype=jnp.int32)
+    key = key[:, None] if place.ndim == 2 else key
     there = (key >= 0) & (key < s)
     index = jnp.broadcast_to(jnp.clip(key, 0, s - 1), weights.shape)
     return jnp.sum(jnp.where(there, jnp.take_along_axis(weights, index, axis=-1), 0.0), axis=2)
 
 
 def pooled_scores(
-    q: Float[Array, "b t h p"], k: Float[Array, "b s g p"], rows: int, columns: int
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b s g p"],
+    rows: int,
+    columns: int,
+    real: tuple[Bool[Array, "#b t"], Bool[Array, "#b s"]] | None = None,
 ) -> Float[Array, "b h x y"]:
-    """Products of the means of blocks of queries and keys, float32; a last block that is not full has its own mean."""
-    means = _means(q, rows), _means(k, columns)
+    """Products of the means of blocks of queries and keys, float32; a last block that is not full has its own mean.
+
+    Args:
+      rows, columns: queries and keys of a block.
+      real: of queries and of keys, False for padding, which no mean has; a block of padding has zeros.
+    """
+    own, other = (None, None) if real is None else real
+    means = _means(q, rows, own), _means(k, columns, other)
     h, g = q.shape[2], k.shape[2]
     keys = jnp.repeat(means[1], h // g, axis=2)
     return jnp.einsum("bxhp,byhp->bhxy", means[0], keys)
 
 
-def _means(x: Float[Array, "b t h p"], size: int) -> Float[Array, "b x h p"]:
+def _means(
+    x: Float[Array, "b t h p"], size: int, real: Bool[Array, "#b t"] | None
+) -> Float[Array, "b x h p"]:
     b, t, h, p = x.shape
     blocks = -(-t // size)
-    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, blocks * size - t), (0, 0), (0, 0)))
-    full = jnp.minimum(size, t - size * jnp.arange(blocks)).astype(jnp.float32)
-    return jnp.sum(padded.reshape(b, blocks, size, h, p), axis=2) / full[None, :, None, None]
+    blocked = lambda x: jnp.pad(
+        x, ((0, 0), (0, blocks * size - t), *[(0, 0)] * (x.ndim - 2))
+    ).reshape(x.shape[0], blocks, size, *x.shape[2:])
+    there = jnp.ones((1, t), bool) if real is None else real
+    full = jnp.maximum(jnp.sum(blocked(there.astype(jnp.float32)), axis=2), 1.0)
+    kept = jnp.where(there[:, :, None, None], x.astype(jnp.float32), 0.0)
+    return jnp.sum(blocked(kept), axis=2) / full[:, :, None, None]
 
 
 def best(
@@ -75,7 +94,7 @@ def best(
     most: int,
     budget: Int[Array, ""] | int,
     forced: int = 0,
-    limit: Int[Array, ""] | int | None = None,
+    limit: Int[Array, "..."] | int | None = None,
 ) -> tuple[Int[Array, "*n m"], Int[Array, "*n"]]:
     """Places of the highest scores, ascending, and how many count.
 
@@ -83,18 +102,19 @@ def best(
       most: m, entries of the result (static); at most s.
       budget: how many to take, at most m (a run-time value).
       forced: the first so many places are taken before all others.
-      limit: places from here on are never taken (a run-time value).
+      limit: places from here on are never taken (run-time values, of shape #*n or []).
     """
     s = scores.shape[-1]
     most = min(most, s)
     place = jnp.arange(s, dtype=jnp.int32)
     scores = jnp.where(place < forced, jnp.inf, scores.astype(jnp.float32))
     end = jnp.asarray(s if limit is None else limit, jnp.int32)
-    scores = jnp.where(place < end, scores, -jnp.inf)
+    scores = jnp.where(place < end[..., None], scores, -jnp.inf)
     _, index = lax.top_k(scores, most)
     count = jnp.minimum(jnp.minimum(jnp.asarray(budget, jnp.int32), most), end)
-    kept = jnp.where(jnp.arange(most, dtype=jnp.int32) < count, index.astype(jnp.int32), s)
-    return jnp.sort(kept, axis=-1), jnp.broadcast_to(count, scores.shape[:-1])
+    count = jnp.broadcast_to(count, scores.shape[:-1])
+    kept = jnp.where(jnp.arange(most, dtype=jnp.int32) < count[..., None], index, s)
+    return jnp.sort(kept.astype(jnp.int32), axis=-1), count
 
 
 def covering(
@@ -149,8 +169,8 @@ def gathered_first(first: Bool[Array, "b s"], then: Bool[Array, "b s"]) -> Int[A
 def best_blocks(
     scores: Float[Array, "b h x y"],
     budget: Int[Array, ""] | int,
-    causal: Bool[Array, "x y"],
-    forced: Bool[Array, "x y"] | None = None,
+    causal: Bool[Array, "*#b x y"],
+    forced: Bool[Array, "*#b x y"] | None = None,
 ) -> Bool[Array, "b h x y"]:
     """Of the causal key blocks of a block of queries the ``budget`` best (a run-time value), ``forced`` ones first."""
     scores = jnp.where(causal, scores.astype(jnp.float32), -jnp.inf)

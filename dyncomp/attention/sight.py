@@ -22,6 +22,8 @@ class Sight:
       causal: a query sees no key behind itself (static).
       window: a query sees itself and the ``window - 1`` places before it; None for all (static).
       anchored: bool [#b s], slots that a window does not hide (attention sinks); None for none.
+      end: int32 [b], one past the place of each sequence's newest token, where sequences end apart (`compacted`); None
+        where the last query is the newest of all.
     """
 
     place: Any  # unchecked: jax also builds trees of cotangents
@@ -30,6 +32,11 @@ class Sight:
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
     anchored: Any = None
+    end: Any = None
+
+    def ends(self) -> Int[Array, "#b"]:
+        """One past the newest token of each sequence."""
+        return self.place[-1:] + 1 if self.end is None else self.end
 
     def all(self) -> Bool[Array, "#b t s"]:
         """The whole table."""

@@ -10,9 +10,13 @@ from flax import linen as nn
 
 from dyncomp.attention import (
     AShape,
+    Assigned,
     Attention,
+    Everything,
+    ImportantTokens,
     PerHead,
     Sight,
+    SinkWindow,
     TopBlocks,
     VerticalSlash,
     attend,
@@ -171,6 +175,57 @@ def test_prefill_then_decode(layer):
     np.testing.assert_allclose(y[:, 0], want[:, -1], atol=3e-6)
 
 
+SPARSE = {
+    "a_shape": AShape(window=9, sink=5, tile=16),
+    "top_blocks": TopBlocks(blocks=3, tile=16),
+    "vertical_slash": VerticalSlash(vertical=7, slash=9, probe=8, sink=4, local=5, tile=16),
+    "per_head": PerHead((AShape(window=9, sink=3, tile=16), TopBlocks(2, tile=16)), (0, 1, 1, 0)),
+    "assigned": Assigned((VerticalSlash(7, 9, probe=8, sink=4, local=5, tile=16),)),
+    "important": ImportantTokens(tau=0.8, recent=8, drawn=4, tile=16),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_padded_row_equals_itself_alone(layer, name):
+    """Sinks, columns, blocks and probing queries are those of the tokens, whatever slots they lie in."""
+    make, params, x = layer
+    module = make(pattern=lambda: SPARSE[name])
+    alone, _ = module.apply(params, x[:, :40])
+    for before in (35, 0, 11):  # slots of padding in front of 40 tokens, and the rest behind
+        real = (jnp.arange(T) >= before) & (jnp.arange(T) < before + 40)
+        rows = jnp.where(real[None, :, None], jnp.roll(x, before, axis=1), 3.0)
+        positions = jnp.maximum(jnp.arange(T) - before, 0)[None]
+        y, _ = module.apply(params, rows, positions, jnp.broadcast_to(real, (B, T)))
+        np.testing.assert_allclose(y[:, before : before + 40], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(SPARSE) - {"important"}))
+def test_rows_that_stand_at_different_places_equal_themselves_alone(layer, name):
+    """Two passes into a cache, the first with another number of tokens in each row."""
+    make, params, x = layer
+    module = make(pattern=lambda: SPARSE[name])
+    run = lambda rows, at, mask, cache: module.apply(params, rows, at, mask, cache)
+    first = jnp.arange(24)[None] >= jnp.asarray([[9], [0]])
+    at = jnp.maximum(jnp.arange(24)[None] - jnp.asarray([[9], [0]]), 0)
+    _, aux = run(x[:, :24], at, first, module.init_cache(16, B, 90))
+    later = jnp.arange(24, 64)[None] - jnp.asarray([[9], [0]])
+    y, _ = run(x[:, 24:64], later, None, aux.cache)
+    for row, skipped in enumerate((9, 0)):
+        own = x[row : row + 1, skipped:64]
+        cut = 24 - skipped
+        _, aux = run(own[:, :cut], None, None, module.init_cache(16, 1, 90))
+        want, _ = run(own[:, cut:], None, None, aux.cache)
+        np.testing.assert_allclose(y[row : row + 1], want, atol=1e-6)
+
+
+def test_a_policy_that_anchors_slots_refuses_a_pattern(layer):
+    make, params, x = layer
+    cache = functools.partial(SinkWindow, sink=2, window=20)
+    module = make(pattern=lambda: SPARSE["a_shape"], cache=cache)
+    with pytest.raises(DyncompError, match="pattern=None"):
+        module.apply(params, x, cache=module.init_cache(16, B, T))
+
+
 @pytest.mark.parametrize("change", [{"window": 3}, {"causal": False}])
 def test_what_does_not_go_together_is_refused(layer, change):
     make, params, x = layer
@@ -183,3 +238,10 @@ def test_bad_patterns_are_refused():
         AShape(window=0)
     with pytest.raises(DyncompError, match="local"):
         VerticalSlash(vertical=3, slash=3, local=0)
+    with pytest.raises(DyncompError, match="sink=4, local=1"):
+        TopBlocks(blocks=2, sink=4)
+    with pytest.raises(DyncompError, match="blocks=0"):
+        TopBlocks(blocks=0, sink=0, local=0)
+    for make in (functools.partial(AShape, 4), functools.partial(TopBlocks, 4), Everything):
+        with pytest.raises(DyncompError, match="tile=0"):
+            make(tile=0)
