@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.runtime.graph import Graph
@@ -51,3 +52,22 @@ def _kinds(tree: Any) -> Any:
 
 def _told(tree: Any) -> str:
     return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree))
+
+
+def check_inputs(inputs: np.ndarray, row: jax.ShapeDtypeStruct) -> None:
+    """Refuses inputs for which nothing was compiled, before anything is launched or queued.
+
+    Args:
+      inputs: [b ...].
+      row: shape and dtype of one example's input.
+
+    Raises:
+      DyncompError: their rows are of another shape or dtype.
+    """
+    wanted, got = (jax.dtypes.canonicalize_dtype(each.dtype) for each in (row, inputs))
+    if inputs.ndim == 0 or inputs.shape[1:] != row.shape or got != wanted:
+        shape = ", ".join(["b", *map(str, row.shape)])
+        raise DyncompError(
+            f"inputs of {got}{list(inputs.shape)}: this executor was made for {wanted}[{shape}]; convert them, or make"
+            " it with an example like them"
+        )

@@ -9,6 +9,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.runtime.alone import Alone
 from dyncomp.runtime.buckets import powers_of_two
+from dyncomp.runtime.check import check_inputs
 from dyncomp.runtime.everyone import Everyone
 from dyncomp.runtime.executed import Executed, executed
 from dyncomp.runtime.flat import Flat, flatten, refuse_tracers
@@ -111,10 +112,12 @@ class HostExecutor(Driven):
         """Runs a batch of at most ``capacity`` examples.
 
         Raises:
-          DyncompError: more examples, or inputs that are being differentiated or traced.
+          DyncompError: more examples, rows of another shape or dtype than those it was made for, or inputs that are
+            being differentiated or traced.
         """
         refuse_tracers(inputs)
         inputs = np.asarray(inputs)
+        check_inputs(inputs, self._programs.flat.row)
         if not 1 <= len(inputs) <= self.capacity:
             raise DyncompError(
                 f"a batch of {len(inputs)}: this executor takes 1..{self.capacity} examples"

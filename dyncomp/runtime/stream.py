@@ -11,6 +11,7 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.runtime.buckets import powers_of_two
+from dyncomp.runtime.check import check_inputs
 from dyncomp.runtime.executed import warn_of_nan
 from dyncomp.runtime.flat import Flat, flatten, refuse_tracers
 from dyncomp.runtime.programs import Chunk, Driven, Programs
@@ -146,9 +147,15 @@ class StreamExecutor(Driven):
         return len(self._begun)
 
     def submit(self, inputs: Any) -> list[int]:
-        """Takes examples [n ...] in; returns a ticket for each."""
+        """Takes examples [n ...] in; returns a ticket for each.
+
+        Raises:
+          DyncompError: rows of another shape or dtype than those it was made for, or inputs that are being
+            differentiated or traced; nothing was taken in.
+        """
         refuse_tracers(inputs)
         inputs, now = np.asarray(inputs), self._clock()
+        check_inputs(inputs, self._programs.flat.row)
         tickets = list(range(self._next, self._next + len(inputs)))
         self._next += len(inputs)
         for ticket, row in zip(tickets, inputs, strict=True):

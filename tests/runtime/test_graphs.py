@@ -153,6 +153,30 @@ def test_a_score_that_is_no_number_never_leaves_and_is_told():
     assert {one.ticket: one.exit for one in left} == {0: 2, 1: 0, 2: 0, 3: 2}
 
 
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        (np.ones((2, WIDTH + 1), np.float32), rf"float32\[2, {WIDTH + 1}\].*float32\[b, {WIDTH}\]"),
+        (np.ones((2, WIDTH), np.int32), rf"int32\[2, {WIDTH}\].*made for float32"),
+        (np.float32(1), r"float32\[\]"),
+    ],
+)
+def test_inputs_of_another_shape_or_dtype_are_refused_and_leave_no_trace(wrong, told):
+    parts, inputs = drawn(3, 3, loops=False)
+    net, exits = network(parts), walk(parts, inputs)[1]
+    host, stream = HostExecutor(net, inputs, capacity=4), StreamExecutor(net, inputs, bucket=2)
+    for take in (host, stream.submit):
+        with pytest.raises(DyncompError, match=told):
+            take(wrong)
+    assert stream.pending == 0 and stream.drain() == []
+    again = inputs.astype(np.float64)  # as jax takes it, float32
+    tickets = stream.submit(again)
+    found = sorted(stream.drain(), key=lambda one: one.ticket)
+    assert [one.ticket for one in found] == tickets
+    np.testing.assert_array_equal([one.exit for one in found], exits)
+    np.testing.assert_array_equal(host(again).exits, exits)
+
+
 def test_what_a_segment_hands_on_unchanged_is_not_written():
     parts, inputs = drawn(3, 4, loops=False)
     flat = flatten(network(parts), inputs)
