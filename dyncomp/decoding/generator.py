@@ -15,6 +15,7 @@ from dyncomp.decoding.net import separate
 from dyncomp.decoding.policies import FullDepth, Policy
 from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.decoding.steps import Steps
+from dyncomp.decoding.written import check_lengths
 from dyncomp.models import DecoderLM
 
 FULL_DEPTH = FullDepth()
@@ -84,9 +85,9 @@ class Generator:
         Raises:
           DyncompError: an empty prompt, an id outside the vocabulary, or more than ``capacity`` or the model takes.
         """
+        check_lengths(self.model, prompts, max_new)
         tokens, mask = pad_left(prompts, self.model.vocab_size)
-        longest = max(map(len, prompts))
-        capacity = self._capacity(longest, tokens.shape[1], max_new, capacity)
+        capacity = self._capacity(tokens.shape[1], max_new, capacity)
         controls = self.policy.controls() if controls is None else controls
         key, costs = jax.random.key(seed), self.costs()
         self.prompt_ledger, self.ledger = Ledger(costs), Ledger(costs)
@@ -109,14 +110,8 @@ class Generator:
         own = getattr(self.policy, "cost", None)
         return {**self.model.cost((1, 1)), **({} if own is None else own(self.model))}
 
-    def _capacity(self, longest: int, padded: int, max_new: int, capacity: int | None) -> int:
-        if max_new < 1:
-            raise DyncompError(f"max_new={max_new}: ask for at least one token")
-        limit, needed = self.model.max_length, padded + max_new + self.policy.slack()
-        if limit is not None and longest + max_new > limit:
-            raise DyncompError(
-                f"{longest} tokens of prompt and {max_new} new ones exceed the model's {limit}; cut the prompt"
-            )
+    def _capacity(self, padded: int, max_new: int, capacity: int | None) -> int:
+        needed = padded + max_new + self.policy.slack()
         if capacity is not None and needed > capacity:
             raise DyncompError(
                 f"prompts padded to {padded} and {max_new} new tokens need {needed} slots, the cache has {capacity};"

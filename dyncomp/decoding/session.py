@@ -12,6 +12,7 @@ from dyncomp.core.typing import Array, Float, Int, Variables
 from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.reading import Reading, begin, check_rows, newest, read, unread
+from dyncomp.decoding.written import position_limit
 from dyncomp.models import DecoderLM
 
 WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48)
@@ -126,7 +127,7 @@ class Session:
         return logits
 
     def _check(self, rows: int, wide: int, counts: np.ndarray) -> None:
-        limit = self.model.max_length
+        limit = position_limit(self.model)
         if rows != len(self.read):
             raise DyncompError(f"{rows} rows for a session of {len(self.read)}; open it first")
         if self.slots + wide > self.capacity:

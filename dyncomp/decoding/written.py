@@ -65,13 +65,17 @@ def check_lengths(model: DecoderLM, prompts: Sequence[Sequence[int]], max_new: i
         raise DyncompError("every prompt needs at least one token")
     if max_new < 1:
         raise DyncompError(f"max_new={max_new}: ask for at least one token")
-    longest = max(map(len, prompts))
-    for name in ("max_length", "learned_positions"):
-        limit = getattr(model, name)
-        if limit is not None and longest + max_new > limit:
-            raise DyncompError(
-                f"{longest} tokens of prompt and {max_new} new ones exceed the model's {limit}; cut the prompt"
-            )
+    longest, limit = max(map(len, prompts)), position_limit(model)
+    if limit is not None and longest + max_new > limit:
+        raise DyncompError(
+            f"{longest} tokens of prompt and {max_new} new ones exceed the model's {limit}; cut the prompt"
+        )
+
+
+def position_limit(*models: DecoderLM) -> int | None:
+    """Most tokens that all of ``models`` read: their ``max_length`` and tables of positions; None for no limit."""
+    limits = [limit for model in models for limit in (model.max_length, model.learned_positions)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_vocabularies(**models: DecoderLM) -> None:

@@ -133,6 +133,27 @@ def test_learned_positions_reach_every_way_of_running_blocks(lm, placed, policy)
         np.testing.assert_allclose(one.logits, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", [FullDepth(), KeepLayers((0, 2))])
+def test_a_text_ends_before_the_table_of_positions_does(placed, policy):
+    """A position past the table's end would be NaN."""
+    model, variables = placed
+    generator = Generator(model, variables, policy)
+    (one,) = generator.generate([[1, 2, 3]], 21)
+    assert len(one.tokens) == 21
+    with pytest.raises(
+        DyncompError, match="3 tokens of prompt and 22 new ones exceed the model's 24"
+    ):
+        generator.generate([[1, 2, 3]], 22)
+
+
+def test_a_session_ends_with_the_table_of_positions(placed):
+    session = Session(*placed)
+    assert np.isfinite(session.open([[1] * 23], 64)).all()
+    assert np.isfinite(session.step([[2]])).all()
+    with pytest.raises(DyncompError, match="at most 24 tokens"):
+        session.step([[3]])
+
+
 def test_a_session_knows_learned_positions(placed):
     session = Session(*placed)
     session.open([TEXT[0][:3]], 64)
