@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from dyncomp.bench import remark
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "benchmarks.md"
 HEAD = """# Benchmarks
@@ -50,6 +52,7 @@ def section(result):
             "",
             *_waits([row for row in result["rows"] if "ours_p95" in row]),
             *_warm([row for row in result["rows"] if "warm_up_seconds" in row]),
+            *_remarks(result["rows"]),
         ]
     )
 
@@ -78,6 +81,12 @@ def _warm(rows):
         f"{row['compiled_after_warm_up']} after it.\n"
         for row in rows
     ]
+
+
+def _remarks(rows):
+    """Bounds of savings, and where time goes."""
+    told = [(row["id"], remark(row).removeprefix("; ")) for row in rows if remark(row)]
+    return [*(f"- `{name}`: {said}" for name, said in told), ""] if told else []
 
 
 def gpus(result):

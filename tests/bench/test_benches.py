@@ -77,6 +77,14 @@ def test_a_table_for_people(capsys):
     assert "bench a (quick)" in said and "1.2500" in said and "a/b: r" in said
 
 
+def test_what_a_row_knows_beyond_its_ratio():
+    assert bench.remark({"id": "a"}) == ""
+    said = bench.remark({"speedup": 0.94, "speedup_bound": 1.22})
+    assert said == "; 0.94 times as fast, where bytes allow 1.22"
+    said = bench.remark({"choose_ms": 14.2, "all_ms": 82.0, "tiles": 0.123})
+    assert "choosing takes 14 of 82 ms, 0.12 of its causal tiles" in said
+
+
 def test_a_process_of_its_own():
     assert fresh.call("os:getpid", {}) != os.getpid()
     assert fresh.call("dyncomp.core.environment:cores", {}, pinned=True) == 1

@@ -1,7 +1,7 @@
 """The public operation: attention of every block of queries over the blocks of keys that its list names."""
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,10 @@ def sparse_attention(
       ValueError: shapes do not fit, or the form cannot serve them; the message has the reason.
     """
     _check(q, k, v, lists, real)
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"sparse_attention: implementation={implementation!r}; use one of {get_args(Implementation)} or None"
+        )
     if implementation and (reason := supports(implementation, q, k, lists)):
         raise ValueError(f"sparse_attention: {reason}")
     seeing = xla.Seeing(causal, window, sink)

@@ -111,7 +111,8 @@ def check_lists(lists: BlockLists, t: int, s: int) -> None:
     """Looks at the lists themselves, on the host: for tests and for lists that come from outside.
 
     Raises:
-      ValueError: a block outside of the keys, one that is listed twice, or a count beyond the list.
+      ValueError: a block outside of the keys, one that is listed twice, spans that overlap, or a count that is none
+        or beyond the list.
     """
     index, count = np.asarray(lists.index), np.asarray(lists.count)
     x, y = blocks_of(t, lists.rows), blocks_of(s, lists.columns)
@@ -120,17 +121,19 @@ def check_lists(lists: BlockLists, t: int, s: int) -> None:
             f"sparse_attention: lists of shape {index.shape} and counts of {count.shape}; {t} queries in blocks of"
             f" {lists.rows} need [b a {x} m] and [b a {x}]"
         )
-    if count.size and (count.min() < 0 or count.max() > index.shape[-1]):
+    if count.size and count.min() < 0:
+        raise ValueError(f"sparse_attention: a count of {count.min()}; use 0 for an empty list")
+    if count.size and count.max() > index.shape[-1]:
         raise ValueError(
             f"sparse_attention: a count of {count.max()} exceeds lists of {index.shape[-1]}"
         )
+    spans = lists.unit not in (None, lists.columns)
     for place in np.ndindex(count.shape):
-        own = index[place][: count[place]]
-        if own.size and (own.min() < 0 or own.max() >= y):
-            raise ValueError(
-                f"sparse_attention: block {own.max()} is listed, there are {y} key blocks"
-            )
-        if len(set(own.tolist())) < len(own):
-            raise ValueError(
-                f"sparse_attention: query block {place} lists a block twice; list each once"
-            )
+        own = np.sort(index[place][: count[place]])
+        if not spans and own.size and (own[0] < 0 or own[-1] >= y):
+            bad = own[0] if own[0] < 0 else own[-1]
+            raise ValueError(f"sparse_attention: block {bad} is listed, there are {y} key blocks")
+        near = np.diff(own) * (lists.unit or lists.columns) < lists.columns
+        if near.any():
+            what = "spans that overlap" if spans else "a block twice"
+            raise ValueError(f"sparse_attention: query block {place} lists {what}; list each once")

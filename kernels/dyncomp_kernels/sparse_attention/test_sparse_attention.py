@@ -216,6 +216,9 @@ def test_memory_is_linear_in_the_sequence():
     ("change", "message"),
     [
         (lambda l: BlockLists(l.index.at[0, 0, 0, 1].set(l.index[0, 0, 0, 0]), l.count, 4, 4), "twice"),
+        (lambda l: BlockLists(l.index.at[0, 0, 0, 0].set(-1), l.count, 4, 4), "block -1 is listed"),
+        (lambda l: BlockLists(l.index, l.count.at[0, 0, 1].set(-5), 4, 4), "a count of -5; use 0"),
+        (lambda l: BlockLists(l.index, l.count, 4, 4, unit=1), "spans that overlap"),
         (lambda l: BlockLists(l.index.at[0, 0, 0, 0].set(9), l.count, 4, 4), "there are 4"),
         (lambda l: BlockLists(l.index, l.count + 9, 4, 4), "exceeds"),
         (lambda l: BlockLists(l.index[:, :, :2], l.count[:, :, :2], 4, 4), "need"),
@@ -224,6 +227,18 @@ def test_memory_is_linear_in_the_sequence():
 def test_bad_lists_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         check_lists(change(random_lists(16, 16, 2, 4, 4)), 16, 16)
+
+
+def test_spans_that_do_not_overlap_are_good():
+    lists = random_lists(16, 16, 2, 4, 4)
+    check_lists(BlockLists(lists.index * 4 - 1, lists.count, 4, 4, unit=1), 16, 16)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_form_is_refused():
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in drawn(16, 16, 4, 2))
+    with pytest.raises(ValueError, match="implementation='cuda'; use one of"):
+        sparse_attention(q, k, v, random_lists(16, 16, 2, 4, 4), implementation="cuda")
 
 
 def test_bad_shapes_are_refused():
