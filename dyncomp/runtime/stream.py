@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import heapq
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,33 +42,32 @@ class Finished:
 
 @dataclasses.dataclass
 class _Queue:
-    """Who waits for one segment: slots (tickets, for the first), and since when; oldest first."""
+    """Who waits for one segment: (since when, slot; for the first, ticket), a heap, longest first.
 
-    members: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
-    since: collections.deque[float] = dataclasses.field(default_factory=collections.deque)
+    "Since when" counts earlier queues as well: now less all waiting so far. Time in a launch is none.
+    """
 
-    def add(self, member: int, now: float) -> None:
-        self.members.append(member)
-        self.since.append(now)
+    members: list[tuple[float, int]] = dataclasses.field(default_factory=list)
 
-    def take(self, count: int) -> list[int]:
-        for _ in range(count):
-            self.since.popleft()
-        return [self.members.popleft() for _ in range(count)]
+    def add(self, member: int, since: float) -> None:
+        heapq.heappush(self.members, (since, member))
+
+    def take(self, count: int) -> list[tuple[float, int]]:
+        return [heapq.heappop(self.members) for _ in range(count)]
 
 
 class StreamExecutor(Driven):
     """Serves a stream of examples through a network; batches form anew at every depth.
 
     The deepest segment for which a full bucket waits runs next, so what has begun ends first. One for which somebody
-    has waited longer than ``max_wait`` goes before it, with as many as there are. Not thread-safe: call `submit` and
+    has waited longer than ``max_wait``, in all queues together, goes before it, with as many as there are. Not thread-safe: call `submit` and
     `step` from one loop.
 
     Args:
       net: the network.
       example: inputs; only shape and dtype of a row are read.
       bucket: rows of a full launch.
-      max_wait: seconds; None waits for full buckets until `drain`.
+      max_wait: seconds in queues, of all depths together and without time in launches; None waits for full buckets until `drain`.
       clock: seconds now.
 
     Attributes:
@@ -106,6 +106,7 @@ class StreamExecutor(Driven):
         self._inputs: dict[int, np.ndarray] = {}
         self._begun: dict[int, float] = {}
         self._tickets = np.zeros(slots, np.int64)
+        self._waits = np.zeros(slots)
         self._visits = np.zeros((slots, self.graph.end), np.int32)
         self._flying: collections.deque[Chunk] = collections.deque()
         self._next = 0
@@ -208,19 +209,20 @@ class StreamExecutor(Driven):
         if self.max_wait is None:
             return None
         oldest = [
-            (self._queues[index].since[0], index) for index, count in enumerate(ready) if count
+            (self._queues[index].members[0][0], index) for index, count in enumerate(ready) if count
         ]
         since, index = min(oldest, default=(np.inf, 0))
         return index if self._clock() - since > self.max_wait else None
 
     def _launch(self, index: int, count: int) -> None:
         size = self._programs.split(index, count)[0]
-        members = self._queues[index].take(min(count, size))
+        since, members = zip(*self._queues[index].take(min(count, size)), strict=True)
         inputs, slots = None, np.asarray(members)
         if index == 0:
             slots = np.asarray([self._free.pop() for _ in members])
             self._tickets[slots], self._visits[slots] = members, 0
             inputs = np.stack([self._inputs.pop(ticket) for ticket in members])
+        self._waits[slots] = self._clock() - np.asarray(since)
         self.executed[index] += size
         self.needed[index] += len(slots)
         self._flying.append(self._programs.launch(index, size, slots, inputs))
@@ -233,8 +235,10 @@ class StreamExecutor(Driven):
         route = np.asarray(chunk.route)[places]
         onward = self.graph.onward(index, route, self._visits[slots, index])
         gone, now = onward == self.graph.end, self._clock()
-        for slot, target in zip(slots[~gone].tolist(), onward[~gone].tolist(), strict=True):
-            self._queues[target].add(slot, now)
+        stay = slots[~gone]
+        since = (now - self._waits[stay]).tolist()
+        for slot, target, begun in zip(stay.tolist(), onward[~gone].tolist(), since, strict=True):
+            self._queues[target].add(slot, begun)
         if not gone.any():
             return []
         outputs = np.asarray(chunk.output)[places[gone]]

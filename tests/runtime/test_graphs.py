@@ -91,18 +91,37 @@ def test_a_stream_gives_what_batches_give_and_runs_full_buckets(seed):
 
 
 def test_nobody_waits_longer_than_told():
-    parts, inputs = drawn(3, 5, loops=False)
-    now = [0.0]
-    stream = StreamExecutor(network(parts), inputs, bucket=16, max_wait=1.0, clock=lambda: now[0])
+    """Over all depths together, whatever a launch takes (one step of the clock, another to read it)."""
+    run = lambda weights, x, threshold: (x, x, x > threshold, x)
+    net = Segmented(lambda _, x: x, None, [Segment(run, None)] * 3, [4.0, 2.0])
+    inputs, now, tick = np.asarray([1.0, 3.0, 5.0, 1.0], np.float32), [0.0], 0.125
+    stream = StreamExecutor(net, inputs, bucket=16, max_wait=1.0, clock=lambda: now[0])
     stream.submit(inputs)
     assert stream.step() == [] and stream.executed.sum() == 0
-    found, steps = [], 0
-    while stream.pending:
-        now[0] += 1.01
+    found = []
+    for _ in range(40):
+        now[0] += tick
         found += stream.step()
-        steps += 1
-        assert steps < 100
-    assert len(found) == 5 and stream.executed.max() <= 8
+    assert {one.ticket: one.exit for one in found} == {0: 2, 1: 1, 2: 0, 3: 2}
+    for one in found:
+        # Late one tick after max_wait; each launch then takes a tick, and the next starts a tick later.
+        assert 1.0 < one.waited <= 1.0 + tick + 2 * tick * (one.exit + 1)
+    assert stream.executed.tolist() == [4, 4, 2]
+
+
+def test_time_in_launches_is_no_waiting():
+    """A launch that takes longer than max_wait makes nobody late."""
+    run = lambda weights, x, threshold: (x, x, x > threshold, x)
+    net = Segmented(lambda _, x: x, None, [Segment(run, None)] * 2, [2.0])
+    inputs, now = np.asarray([1.0, 3.0], np.float32), [0.0]
+    stream = StreamExecutor(net, inputs, bucket=2, max_wait=1.0, clock=lambda: now[0])
+    stream.submit(inputs)
+    assert stream.step() == [] and stream.executed.tolist() == [2, 0]
+    now[0] = 9.0
+    assert [one.ticket for one in stream.step()] == [1]
+    assert stream.step() == [] and stream.executed.tolist() == [2, 0]
+    now[0] = 10.125
+    assert stream.step() == [] and stream.executed.tolist() == [2, 1]
 
 
 def test_gradients_through_masked_and_bounded_branches_agree_and_open_loops_have_none():
