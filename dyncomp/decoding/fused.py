@@ -23,7 +23,7 @@ from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.reading import Reading, begin, check_rows, newest, read
 from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.decoding.session import Account, pad_right
-from dyncomp.decoding.written import check_lengths, check_vocabularies
+from dyncomp.decoding.written import check_lengths, check_vocabularies, position_limit
 from dyncomp.models import DecoderLM
 
 
@@ -143,7 +143,8 @@ class FusedGenerator:
         for model in self.models.values():
             check_lengths(model, prompts, max_new)
             check_rows(model, len(prompts))
-        tokens, counts = pad_right(prompts, self.models["large"].vocab_size)
+        limit = position_limit(*self.models.values())
+        tokens, counts = pad_right(prompts, self.models["large"].vocab_size, limit)
         capacity = bucket(tokens.shape[1] + max_new)
         grid = jnp.asarray(self.grid if grid is None else grid, jnp.float32)
         key = jax.random.key(seed)

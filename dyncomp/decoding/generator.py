@@ -15,7 +15,7 @@ from dyncomp.decoding.net import separate
 from dyncomp.decoding.policies import FullDepth, Policy
 from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.decoding.steps import Steps
-from dyncomp.decoding.written import check_lengths
+from dyncomp.decoding.written import check_lengths, position_limit
 from dyncomp.models import DecoderLM
 
 FULL_DEPTH = FullDepth()
@@ -86,7 +86,7 @@ class Generator:
           DyncompError: an empty prompt, an id outside the vocabulary, or more than ``capacity`` or the model takes.
         """
         check_lengths(self.model, prompts, max_new)
-        tokens, mask = pad_left(prompts, self.model.vocab_size)
+        tokens, mask = pad_left(prompts, self.model.vocab_size, position_limit(self.model))
         capacity = self._capacity(tokens.shape[1], max_new, capacity)
         controls = self.policy.controls() if controls is None else controls
         key, costs = jax.random.key(seed), self.costs()

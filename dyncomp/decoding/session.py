@@ -9,7 +9,7 @@ import numpy as np
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Array, Float, Int, Variables
-from dyncomp.decoding.batch import bucket
+from dyncomp.decoding.batch import bucket, capped
 from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.reading import Reading, begin, check_rows, newest, read, unread
 from dyncomp.decoding.written import position_limit
@@ -19,9 +19,10 @@ WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48)
 """Tokens of one call that are compiled for; above, the buckets of prompts."""
 
 
-def width(tokens: int) -> int:
-    """The smallest compiled width that holds ``tokens``."""
-    return next((size for size in WIDTHS if tokens <= size), 0) or bucket(tokens)
+def width(tokens: int, limit: int | None = None) -> int:
+    """The smallest compiled width that holds ``tokens``; ``limit`` where that is smaller and holds them too."""
+    size = next((size for size in WIDTHS if tokens <= size), 0)
+    return capped(size or bucket(tokens), tokens, limit)
 
 
 class Account:
@@ -117,7 +118,7 @@ class Session:
         self.read, self.slots, self._last = before + kept, start + int(kept.max()), kept
 
     def _forward(self, rows: Sequence[Sequence[int]], last: bool, account: Account) -> Array:
-        tokens, counts = pad_right(rows, self.model.vocab_size)
+        tokens, counts = pad_right(rows, self.model.vocab_size, position_limit(self.model))
         self._check(len(rows), tokens.shape[1], counts)
         now = self.variables, self._reading, tokens, counts
         logits, self._reading, events = self._extend(*now, last)
@@ -144,9 +145,12 @@ class Session:
 
 
 def pad_right(
-    rows: Sequence[Sequence[int]], vocab_size: int
+    rows: Sequence[Sequence[int]], vocab_size: int, limit: int | None = None
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
     """Token ids int32 in a compiled width, and how many are real.
+
+    Args:
+      limit: most tokens that the model reads, padding included.
 
     Raises:
       DyncompError: no row, or an id outside the vocabulary.
@@ -154,7 +158,7 @@ def pad_right(
     if not rows:
         raise DyncompError("give at least one row of tokens")
     counts = np.asarray([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), width(int(counts.max()))), np.int32)
+    tokens = np.zeros((len(rows), width(int(counts.max()), limit)), np.int32)
     for line, row in zip(tokens, rows, strict=True):
         line[: len(row)] = row
     if tokens.min() < 0 or tokens.max() >= vocab_size:

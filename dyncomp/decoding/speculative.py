@@ -24,7 +24,7 @@ from dyncomp.decoding.reading import Reading, begin, check_rows, newest, read, u
 from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.decoding.session import Account, pad_right
 from dyncomp.decoding.speculation import accept_greedy, accept_sampled, next_window
-from dyncomp.decoding.written import Writer, Written, check_lengths
+from dyncomp.decoding.written import Writer, Written, check_lengths, position_limit
 from dyncomp.models import DecoderLM
 
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -118,9 +118,11 @@ class SpeculativeGenerator:
         """Writes at most ``max_new`` tokens after each prompt.
 
         Raises:
-          DyncompError: an empty prompt, an id outside the vocabulary, or more than the model takes.
+          DyncompError: an empty prompt, an id outside the vocabulary, or more than a model takes.
         """
-        check_lengths(self.model, prompts, max_new)
+        readers = [self.model, *filter(None, [getattr(self.drafter, "model", None)])]
+        for model in readers:
+            check_lengths(model, prompts, max_new)
         check_rows(self.model, len(prompts))
         rows = [Speculated() for _ in prompts]
         writer = Writer(rows, max_new, self.eos)
@@ -132,7 +134,7 @@ class SpeculativeGenerator:
             Account(costs[1]),
         ]
         weights, key = self.drafter.weights(), jax.random.key(seed)
-        tokens, counts = pad_right(prompts, self.model.vocab_size)
+        tokens, counts = pad_right(prompts, self.model.vocab_size, position_limit(*readers))
         capacity = self._capacity(len(prompts), tokens.shape[1], max_new)
         standing, events = self._start(self.variables, weights, tokens, counts, key, capacity)
         self._count(events, 0)

@@ -36,7 +36,7 @@ from dyncomp.decoding.tree_accept import (
 )
 from dyncomp.decoding.tree_states import TreeFamily
 from dyncomp.decoding.tree_tables import TreeTables, stack_tables, tree_tables
-from dyncomp.decoding.written import Writer, Written, check_lengths
+from dyncomp.decoding.written import Writer, Written, check_lengths, position_limit
 from dyncomp.models import DecoderLM
 
 
@@ -139,7 +139,7 @@ class TreeGenerator:
         writer = Writer(rows, max_new, self.eos)
         costs, key = self.model.cost((1, 1)), jax.random.key(seed)
         self._accounts = Account(costs), Account(costs)
-        tokens, counts = pad_right(prompts, self.model.vocab_size)
+        tokens, counts = pad_right(prompts, self.model.vocab_size, position_limit(self.model))
         weights = self.variables, self.prompts
         used = max_new * min(len(rows), self.tables.paths.shape[-1])
         capacity = bucket(tokens.shape[1] + used + self.tables.real.shape[-1])

@@ -145,7 +145,18 @@ def test_padding_and_buckets():
     tokens, mask = pad_left([[7], [1, 2, 3]], 10)
     assert tokens.shape == (2, 16) and mask.sum(1).tolist() == [1, 3]
     assert tokens[0, -1] == 7 and tokens[1, -3:].tolist() == [1, 2, 3]
+    assert bucket(20, 40) == 40 and bucket(20, 400) == 64 and bucket(41, 40) == 41
     assert bucket(16) == 16 and bucket(17) == 64 and bucket(40_000) == 3 * 16384
+
+
+def test_a_prompt_that_fits_is_not_padded_past_the_limit(lm):
+    """20 tokens would go into a bucket of 64."""
+    generator = Generator(lm[0].clone(max_length=40), lm[1])
+    prompt = [1 + n % 60 for n in range(20)]
+    (one,) = generator.generate([prompt], 20)
+    assert one.tokens == Generator(*lm[:2]).generate([prompt], 20)[0].tokens
+    with pytest.raises(DyncompError, match="20 tokens of prompt and 21 new ones exceed .* 40"):
+        generator.generate([prompt], 21)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ from dyncomp import models
 from dyncomp.attention import Attention
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
-from dyncomp.decoding import Confident, ExitEarly, FullDepth, Generator, KeepLayers, Session
+from dyncomp.decoding import (
+    Confident,
+    ExitEarly,
+    FullDepth,
+    Generator,
+    KeepLayers,
+    OtherModel,
+    Session,
+    SpeculativeGenerator,
+)
 from dyncomp.decoding.session import width
 from dyncomp.experts import SwiGLU
 from dyncomp.models import Block, DecoderLM, Group
@@ -85,6 +94,21 @@ def test_programs_are_few(lm):
         session.take_back([tokens])
     assert session._extend._cache_size() == 3
     assert [width(n) for n in (0, 1, 3, 9, 23, 100)] == [1, 1, 4, 16, 24, 128]
+
+
+def test_texts_that_fit_are_not_padded_past_the_limit(lm, forward):
+    """33 tokens would be padded to 48."""
+    text = [1 + n % 60 for n in range(33)]
+    short = lm[0].clone(max_length=40)
+    session = Session(short, lm[1])
+    np.testing.assert_allclose(session.open([text], 64)[0], forward(text)[-1], atol=1e-5)
+    assert width(33, 40) == 40 and width(33, 400) == 48 and width(41, 40) == 41
+    (want,) = Generator(*lm[:2]).generate([text], 7)
+    (got,) = SpeculativeGenerator(short, lm[1], OtherModel(*lm[:2])).generate([text], 7)
+    assert got.tokens == want.tokens
+    drafter = OtherModel(lm[0].clone(max_length=36), lm[1])
+    with pytest.raises(DyncompError, match="exceed the model's 36"):
+        SpeculativeGenerator(*lm[:2], drafter).generate([text], 7)
 
 
 def test_bad_input(lm, session):
