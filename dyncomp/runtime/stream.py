@@ -60,14 +60,15 @@ class StreamExecutor(Driven):
     """Serves a stream of examples through a network; batches form anew at every depth.
 
     The deepest segment for which a full bucket waits runs next, so what has begun ends first. One for which somebody
-    has waited longer than ``max_wait``, in all queues together, goes before it, with as many as there are. Not thread-safe: call `submit` and
-    `step` from one loop.
+    has waited longer than ``max_wait``, in all queues together, goes before it, with as many as there are. Not
+    thread-safe: call `submit` and `step` from one loop.
 
     Args:
       net: the network.
       example: inputs; only shape and dtype of a row are read.
       bucket: rows of a full launch.
-      max_wait: seconds in queues, of all depths together and without time in launches; None waits for full buckets until `drain`.
+      max_wait: seconds in queues, of all depths together and without time in launches; None waits for full buckets
+        until `drain`.
       clock: seconds now.
 
     Attributes:
