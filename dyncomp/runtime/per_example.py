@@ -1,7 +1,7 @@
 """Segments written for one example, batched here: branches that would run every example to the end are refused."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -45,61 +45,84 @@ def refuse_branches(fn: Callable[[Any], Any], example: Any, where: Callable[...,
       DyncompError: it has.
     """
     jaxpr = jax.make_jaxpr(fn)(example).jaxpr
-    for name in _dependent(jaxpr, set(jaxpr.invars)):
+    found: list[str] = []
+    _follow(jaxpr, [True] * len(jaxpr.invars), found)
+    if found:
         raise DyncompError(
-            f"{getattr(where, '__name__', where)}: {BRANCHES[name]} on one example, under vmap, runs every example to"
-            " the end; end the segment there and give it targets"
+            f"{getattr(where, '__name__', where)}: {BRANCHES[found[0]]} on one example, under vmap, runs every example"
+            " to the end; end the segment there and give it targets"
         )
 
 
-def _dependent(jaxpr: Any, known: set[Any]) -> Iterator[str]:
-    """Names of branches and loops whose predicate follows from variables in ``known``."""
-    known = set(known)
+def _follow(jaxpr: Any, given: Sequence[bool], found: list[str]) -> list[bool]:
+    """Which results follow from the inputs that ``given`` marks; names of branches that do are added to ``found``."""
+    known = {v for v, hit in zip(jaxpr.invars, given, strict=True) if hit}
     for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        reads = {v for v in equation.invars if _in(v, known)}
-        if not reads:
-            continue
-        if name == "cond" and equation.invars[0] in reads:
-            yield name
-        if name == "while" and _loop_depends(equation, reads):
-            yield name
-        for inner in _inner(equation):
-            alike = len(inner.invars) == len(
-                equation.invars
-            )  # else which is which is not told: take all
-            pairs = zip(inner.invars, equation.invars if alike else inner.invars, strict=True)
-            yield from _dependent(inner, {v for v, o in pairs if not alike or _in(o, reads)})
-        known |= set(equation.outvars)
+        reads = [_in(v, known) for v in equation.invars]
+        if any(reads):
+            hits = RULES.get(equation.primitive.name, _call)(equation, reads, found)
+            known |= {v for v, hit in zip(equation.outvars, hits, strict=True) if hit}
+    return [_in(v, known) for v in jaxpr.outvars]
 
 
-def _loop_depends(equation: Any, reads: set[Any]) -> bool:
-    """Whether a loop's condition can follow from the example: the carries that it reads, walked to a fixed point."""
+def _call(equation: Any, reads: list[bool], found: list[str]) -> list[bool]:
+    """Any other operation: through what it holds, where that has its inputs and results; else all follow from all."""
+    everything, each = [True] * len(equation.outvars), []
+    for inner in _inner(equation):
+        alike = len(inner.invars) == len(reads)
+        hits = _follow(inner, reads if alike else [True] * len(inner.invars), found)
+        each.append(hits if alike and len(hits) == len(everything) else everything)
+    return _either(each) if each else everything
+
+
+def _cond(equation: Any, reads: list[bool], found: list[str]) -> list[bool]:
+    """A branch: the first operand chooses, the others are what each branch takes."""
+    if reads[0]:
+        found.append("cond")
+    each = [_follow(one.jaxpr, reads[1:], found) for one in equation.params["branches"]]
+    return [reads[0] or hit for hit in _either(each)]
+
+
+def _while(equation: Any, reads: list[bool], found: list[str]) -> list[bool]:
+    """An open loop: carries that follow in some trip, to a fixed point, then its condition."""
     counts = equation.params["cond_nconsts"], equation.params["body_nconsts"]
     cond, body = equation.params["cond_jaxpr"].jaxpr, equation.params["body_jaxpr"].jaxpr
-    operands = equation.invars
-    tainted = {n for n, v in enumerate(operands[sum(counts) :]) if _in(v, reads)}
-    fixed = [_in(v, reads) for v in operands[counts[0] : sum(counts)]]
+    fixed, carry = reads[counts[0] : sum(counts)], reads[sum(counts) :]
+    while (grown := _either([carry, _follow(body, [*fixed, *carry], found)])) != carry:
+        carry = grown
+    depends = _follow(cond, [*reads[: counts[0]], *carry], found)[0]
+    if depends:
+        found.append("while")
+    return [depends or hit for hit in carry]
+
+
+def _scan(equation: Any, reads: list[bool], found: list[str]) -> list[bool]:
+    """A loop of fixed length, to a fixed point of what it carries.
+
+    What is stacked has one more axis outside. Carries are the last of the other inputs: releases of jax name their
+    number differently.
+    """
+    body, given = equation.params["jaxpr"].jaxpr, list(reads)
+    same = lambda outer, inner: [
+        n for n, (v, o) in enumerate(zip(outer, inner, strict=True)) if v.aval.ndim == o.aval.ndim
+    ]
+    results = same(equation.outvars, body.outvars)
+    carries = same(equation.invars, body.invars)
+    carries = carries[len(carries) - len(results) :]
     while True:
-        own = {v for v, hit in zip(body.invars[: counts[1]], fixed, strict=True) if hit}
-        own |= {body.invars[counts[1] + n] for n in tainted}
-        reached = _reached(body, own)
-        grown = tainted | {n for n, v in enumerate(body.outvars) if _in(v, reached)}
-        if grown == tainted:
-            break
-        tainted = grown
-    start = {v for v, o in zip(cond.invars, operands[: counts[0]], strict=False) if _in(o, reads)}
-    start |= {cond.invars[counts[0] + n] for n in tainted}
-    return _in(cond.outvars[0], _reached(cond, start))
+        hits = _follow(body, given, found)
+        new = [a for a, b in zip(carries, results, strict=True) if hits[b] and not given[a]]
+        if not new:
+            return hits
+        for each in new:
+            given[each] = True
 
 
-def _reached(jaxpr: Any, known: set[Any]) -> set[Any]:
-    """Variables that follow from ``known``."""
-    known = set(known)
-    for equation in jaxpr.eqns:
-        if any(_in(v, known) for v in equation.invars):
-            known |= set(equation.outvars)
-    return known
+RULES = {"cond": _cond, "while": _while, "scan": _scan}
+
+
+def _either(rows: Sequence[Sequence[bool]]) -> list[bool]:
+    return [any(column) for column in zip(*rows, strict=True)]
 
 
 def _in(variable: Any, known: set[Any]) -> bool:

@@ -25,6 +25,7 @@ from dyncomp.runtime import (
     save_segments,
 )
 from dyncomp.runtime.flat import flatten
+from dyncomp.runtime.per_example import refuse_branches
 
 from .programs import WIDTH, network, random_parts, walk
 
@@ -252,6 +253,57 @@ def test_branches_on_one_example_are_refused_under_vmap():
             MaskedExecutor(net(run))(inputs)
     found = HostExecutor(net(fixed), inputs, capacity=8)(inputs)
     np.testing.assert_array_equal(found.exits, MaskedExecutor(net(fixed))(inputs).exits)
+
+
+def scanned(threshold, x):
+    """The carry starts as a constant and is the example's from the second trip on."""
+    step = lambda c, y: (x[0], jax.lax.cond(c > threshold, jnp.tanh, jnp.sin, y))
+    return jax.lax.scan(step, 0.0, x)[1]
+
+
+def trips(threshold, x):
+    """The same as an open loop of as many trips for all, two trips behind."""
+    count = jnp.where(threshold > 0, 3, 4)
+    step = lambda n, c: (c[1], x[0], jax.lax.cond(c[0] > threshold, jnp.tanh, jnp.sin, c[2]))
+    return jax.lax.fori_loop(0, count, step, (0.0, 0.0, x))[2]
+
+
+def called(threshold, x):
+    """Inside a jitted function, of whose two results one is the example's."""
+    both = jax.jit(lambda x: (2.0, x[0]))(x)
+    return jax.lax.cond(both[1] > threshold, jnp.tanh, jnp.sin, x)
+
+
+@pytest.mark.parametrize("body", [scanned, trips, called])
+def test_branches_on_what_becomes_the_examples_are_refused(body):
+    with pytest.raises(DyncompError, match="lax.cond"):
+        refuse_branches(lambda x: body(0.5, x), jnp.ones(3), where=body)
+
+
+def nested(threshold, x):
+    inner = lambda x: jax.lax.cond(threshold > 1, jnp.tanh, jnp.sin, x)
+    return jax.lax.cond(threshold > 0, inner, jnp.cos, x)
+
+
+def constant(threshold, x):
+    """The example is carried and stacked beside what stays the same for all."""
+
+    def step(carry, y):
+        c, total = carry
+        y = jax.lax.cond(c > threshold, jnp.tanh, jnp.sin, y)
+        return (c + 1, total + y), y
+
+    return jax.lax.scan(step, (0.0, x[0]), x)[1]
+
+
+def one_result(threshold, x):
+    both = jax.jit(lambda t, x: (2 * t, x[0]))(threshold, x)
+    return jax.lax.cond(both[0] > 1, jnp.tanh, jnp.sin, x)
+
+
+@pytest.mark.parametrize("body", [nested, constant, one_result])
+def test_branches_that_are_the_same_for_all_examples_are_taken(body):
+    refuse_branches(lambda x: body(jnp.ones(()).sum(), x), jnp.ones(3), where=body)
 
 
 def test_the_decision_of_one_example_baked_in_is_wrong_for_others():
