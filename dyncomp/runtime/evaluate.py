@@ -11,6 +11,7 @@ import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.models import ExitingClassifier, SkippingClassifier
+from dyncomp.models.staged import StagedClassifier
 from dyncomp.runtime.host import HostExecutor
 from dyncomp.runtime.segments import from_model
 from dyncomp.tasks.base import Split
@@ -23,8 +24,8 @@ BUCKETS = (1, 4, 16, 64)
 
 
 def separate(model: Any) -> Any:
-    """A model that can be cut into segments: its blocks have weights of their own. None for others."""
-    if isinstance(model, SkippingClassifier):
+    """A classifier that can be cut into segments: its blocks have weights of their own. None for others."""
+    if isinstance(model, SkippingClassifier | StagedClassifier):
         return model
     if not isinstance(model, ExitingClassifier):
         return None
@@ -39,7 +40,7 @@ def executed_split(
     """Quality, ways and time of a split under the host executor, beside the model's own pass over the same batches.
 
     Args:
-      run: whose model is an `ExitingClassifier` or a `SkippingClassifier`.
+      run: whose model is an `ExitingClassifier`, a `SkippingClassifier` or a `StagedClassifier`.
       variables: as trained.
       split: of the run's task.
       batches: stop after so many.
@@ -54,7 +55,12 @@ def executed_split(
     """
     model = separate(run.model)
     if model is None:
-        raise DyncompError(f"{type(run.model).__name__} has no segments: see runtime.whole")
+        name, described = type(run.model).__name__, hasattr(run.model, "segment")
+        raise DyncompError(
+            f"{name}: only classifiers are judged segment by segment here; run HostExecutor(runtime.from_model(...))"
+            if described
+            else f"{name} has no segments: see runtime.whole"
+        )
     source = run.task.source(split)
     size = min(run.batch_size, len(source))
     sample = next(sequential(source, size))["inputs"]
@@ -96,7 +102,7 @@ def executed_split(
 
 def _ways(model: Any, found: Any) -> np.ndarray:
     """What each example ran, [b k]."""
-    if isinstance(model, ExitingClassifier):
+    if not isinstance(model, SkippingClassifier):
         return np.asarray(found.exits)[:, None]
     blocks = [index for index, place in enumerate(model.places()) if place.next]
     return found.visits[:, blocks] > 0

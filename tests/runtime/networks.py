@@ -13,7 +13,9 @@ from dyncomp.exits import ConfidenceRule, ExitBank
 from dyncomp.experts import MLP, MoE, SwiGLU
 from dyncomp.models import (
     Block,
+    ConvLevel,
     DecoderLM,
+    ExitingConvNet,
     GatedLevel,
     Group,
     NestedLM,
@@ -51,7 +53,9 @@ def started(model, inputs, scale=3.0):
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), inputs))
     rng = np.random.default_rng(1)
     drawn = lambda p: np.float32(scale * rng.normal(size=p.shape) / max(1, p.shape[-2:][0]) ** 0.5)
-    controls = jax.tree.map(lambda c: np.zeros(c.shape, np.float32), shapes.get("controls", {}))
+    # Thresholds and means start at 0, variances at 1.
+    kept = lambda path, c: np.full(c.shape, path[-1].key == "var", np.float32)
+    controls = jax.tree_util.tree_map_with_path(kept, shapes.get("controls", {}))
     return {"params": jax.tree.map(drawn, shapes["params"]), "controls": controls}
 
 
@@ -73,6 +77,11 @@ def exiting():
 def skipping_model():
     levels = (GatedLevel(4, 1), GatedLevel(6, 2))
     return SkippingClassifier(classes=3, levels=levels, gate_hidden=4)
+
+
+def staged_model(classes=3):
+    levels = (ConvLevel(width=4), ConvLevel(width=6, stride=2))
+    return ExitingConvNet(classes=classes, stem=4, levels=levels, exits_after=(0,))
 
 
 @functools.cache

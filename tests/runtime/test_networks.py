@@ -7,7 +7,7 @@ import pytest
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
-from dyncomp.models import apply
+from dyncomp.models import ExitingDenoiser, UViT, apply
 from dyncomp.runtime import Graph, agreement
 from dyncomp.runtime.evaluate import executed_split
 from dyncomp.tasks import Digits
@@ -123,7 +123,8 @@ def test_a_trained_model_is_judged_as_it_is_served():
         optimizer=AdamW(learning_rate=1e-3),
         batch_size=8,
     )
-    for model in (run.model, networks.skipping_model().clone(classes=10)):
+    others = networks.skipping_model().clone(classes=10), networks.staged_model(10)
+    for model in (run.model, *others):
         run = run.replace(model=model)
         sample = run.task.source("test").batch(np.arange(1))["inputs"]
         variables = networks.started(model, sample, 1.0)
@@ -134,7 +135,9 @@ def test_a_trained_model_is_judged_as_it_is_served():
         assert found["quality"]["accuracy"] == wanted["quality"]["accuracy"]
         assert found["flops_needed"] == pytest.approx(wanted["compute"]["flops_needed"])
         assert found["flops_executed"] >= found["flops_needed"]
-    with pytest.raises(DyncompError, match="DecoderLM has no segments"):
-        executed_split(
-            run.replace(model=networks.DecoderLM(vocab_size=3, d_model=4, groups=[])), {}
-        )
+    for model, told in (
+        (networks.DecoderLM(vocab_size=3, d_model=4, groups=[]), "DecoderLM has no segments"),
+        (ExitingDenoiser(backbone=UViT), "ExitingDenoiser: only classifiers are judged"),
+    ):
+        with pytest.raises(DyncompError, match=told):
+            executed_split(run.replace(model=model), {})
