@@ -13,6 +13,7 @@ from dyncomp.core.errors import DyncompError
 from dyncomp.runtime.buckets import launch_costs, split
 from dyncomp.runtime.flat import Flat
 from dyncomp.runtime.graph import Graph
+from dyncomp.runtime.segments import full_thresholds
 
 
 class Chunk(NamedTuple):
@@ -57,8 +58,12 @@ class Driven:
 
     @property
     def thresholds(self) -> np.ndarray:
-        """float32 [s], may be written between calls."""
+        """float32 [s], may be set or written between calls."""
         return self._programs.thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: Any) -> None:
+        self._programs.thresholds = full_thresholds(values, self.graph.end)
 
     @property
     def compilations(self) -> int:

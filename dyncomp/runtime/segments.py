@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
@@ -66,14 +67,26 @@ class Segmented:
     thresholds: Any
 
     def __post_init__(self):
-        if not self.segments or len(self.thresholds) not in (
-            len(self.segments),
-            len(self.segments) - 1,
-        ):
-            raise DyncompError(
-                f"{len(self.segments)} segments with {len(self.thresholds)} thresholds: "
-                "give one threshold to each segment (the last may be left out)"
-            )
+        _check_count(len(self.thresholds), len(self.segments))
+
+
+def full_thresholds(thresholds: Any, segments: int) -> np.ndarray:
+    """float32 [s], 0 for a last one that is left out.
+
+    Raises:
+      DyncompError: not one for each segment (the last may be left out).
+    """
+    given = np.asarray(thresholds, np.float32)
+    _check_count(len(given) if given.ndim == 1 else f"an array {given.shape} of", segments)
+    return np.append(given, np.zeros(segments - len(given), np.float32))
+
+
+def _check_count(count: int | str, segments: int) -> None:
+    if not segments or count not in (segments, segments - 1):
+        raise DyncompError(
+            f"{segments} segments with {count} thresholds: "
+            "give one threshold to each segment (the last may be left out)"
+        )
 
 
 def from_model(model: Any, variables: Variables, inputs_shape: tuple[int, ...]) -> Segmented:

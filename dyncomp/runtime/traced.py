@@ -21,7 +21,7 @@ from dyncomp.core.typing import Array, Float, Int
 from dyncomp.runtime.check import check_shapes
 from dyncomp.runtime.executed import Executed, executed
 from dyncomp.runtime.graph import Graph
-from dyncomp.runtime.segments import Carry, Segmented
+from dyncomp.runtime.segments import Carry, Segmented, full_thresholds
 
 How = Literal["masked", "lax", "compact"]
 
@@ -77,7 +77,15 @@ class Traced:
         return self.net.begin_weights, [segment.weights for segment in self.net.segments]
 
     def __call__(self, weights: Any, inputs: Any, thresholds: Any) -> Walk:
-        """Runs a batch to the end."""
+        """Runs a batch to the end.
+
+        Raises:
+          DyncompError: not one threshold for each segment.
+        """
+        if jnp.shape(thresholds) != (self.graph.end,):
+            raise DyncompError(
+                f"thresholds of shape {jnp.shape(thresholds)}: give one to each of {self.graph.end} segments"
+            )
         if not any(map(self.graph.decides, range(self.graph.end))):
             return self._straight(weights, inputs, thresholds)
         walk = self._start(weights, inputs)
@@ -201,13 +209,12 @@ class _OneProgram:
     """Runs a `Traced` network on batches of any size; each size compiles once.
 
     Attributes:
-      thresholds: float32 [s], may be written between calls.
       compilations: programs built so far.
     """
 
     def __init__(self, traced: Traced):
         self.net, self._traced, self.graph = traced.net, traced, traced.graph
-        self.thresholds = net_thresholds(traced.net)
+        self._thresholds = net_thresholds(traced.net)
         self.compilations = 0
 
         def counted(*args: Any) -> Walk:  # runs when it is traced: once a program
@@ -215,6 +222,15 @@ class _OneProgram:
             return traced(*args)
 
         self._run = jax.jit(counted)
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """float32 [s], may be set or written between calls."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: Any) -> None:
+        self._thresholds = full_thresholds(values, self.graph.end)
 
     def __call__(self, inputs: Any) -> Executed:
         """Runs a batch."""
@@ -255,6 +271,4 @@ class CompactExecutor(_OneProgram):
 
 def net_thresholds(net: Segmented) -> np.ndarray:
     """float32 [s], those of a network, 0 for segments that have none."""
-    found = np.zeros(len(net.segments), np.float32)
-    found[: len(net.thresholds)] = net.thresholds
-    return found
+    return full_thresholds(net.thresholds, len(net.segments))

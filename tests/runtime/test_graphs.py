@@ -197,6 +197,25 @@ def test_inputs_of_another_shape_or_dtype_are_refused_and_leave_no_trace(wrong, 
     np.testing.assert_array_equal(host(again).exits, exits)
 
 
+def test_thresholds_are_set_checked():
+    run = lambda weights, x, threshold: (x, x, x > threshold, x)
+    net = Segmented(lambda _, x: x, None, [Segment(run, None)] * 3, [9.0, 9.0])
+    inputs = np.asarray([1.0, 3.0], np.float32)
+    stream = StreamExecutor(net, inputs, bucket=2)
+    for one in (*(make(net, inputs) for make in EXECUTORS.values()), stream):
+        for wrong in ([2.0], [2.0] * 4, 2.0, [[2.0] * 3]):
+            with pytest.raises(DyncompError, match="3 segments with .* one threshold to each"):
+                one.thresholds = wrong
+        one.thresholds = [2.0, 0.0]  # the last may be left out, as in a network
+        assert one.thresholds.tolist() == [2.0, 0.0, 0.0]
+        if one is not stream:
+            np.testing.assert_array_equal(one(inputs).exits, [1, 0])
+    stream.submit(inputs)
+    assert {one.ticket: one.exit for one in stream.drain()} == {0: 1, 1: 0}
+    with pytest.raises(DyncompError, match=r"shape \(2,\): give one to each of 3"):
+        Traced(net)(Traced(net).weights, inputs, jnp.zeros(2))
+
+
 def test_what_a_segment_hands_on_unchanged_is_not_written():
     parts, inputs = drawn(3, 4, loops=False)
     flat = flatten(network(parts), inputs)
