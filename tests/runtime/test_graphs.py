@@ -197,6 +197,31 @@ def test_inputs_of_another_shape_or_dtype_are_refused_and_leave_no_trace(wrong, 
     np.testing.assert_array_equal(host(again).exits, exits)
 
 
+@pytest.mark.parametrize("how", [*EXECUTORS, "tuned", "stream"])
+@pytest.mark.parametrize("bar, exit", [(-np.inf, 0), (np.inf, 2)])
+def test_all_leave_first_or_nobody_before_the_end(how, bar, exit):
+    def run(weights, x, threshold):
+        return x + 1, 10 * x, x > threshold, x
+
+    net = Segmented(lambda _, x: x, None, [Segment(run, None)] * 3, [bar, bar])
+    inputs = np.arange(5, dtype=np.float32)
+    if how == "stream":
+        stream = StreamExecutor(net, inputs, bucket=2)
+        stream.submit(inputs)
+        left = sorted(stream.drain(), key=lambda one: one.ticket)
+        exits, outputs = ([getattr(one, field) for one in left] for field in ("exit", "output"))
+        needed = stream.needed
+    else:
+        tuned = lambda net, inputs: HostExecutor(net, inputs, capacity=5).tune(1)
+        executor = {**EXECUTORS, "tuned": tuned}[how](net, inputs)
+        for _ in range(2):  # the second time a host knows what examples did
+            found = executor(inputs)
+        exits, outputs, needed = found.exits, found.outputs, found.needed
+    np.testing.assert_array_equal(exits, [exit] * 5)
+    np.testing.assert_array_equal(outputs, 10 * (inputs + exit))
+    np.testing.assert_array_equal(needed, [5] * (exit + 1) + [0] * (2 - exit))
+
+
 def test_thresholds_are_set_checked():
     run = lambda weights, x, threshold: (x, x, x > threshold, x)
     net = Segmented(lambda _, x: x, None, [Segment(run, None)] * 3, [9.0, 9.0])
