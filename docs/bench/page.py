@@ -95,6 +95,8 @@ def gpus(result):
         return _models(result)
     if "attention" in result:
         return _attention(result)
+    if "sparse_registers" in result:
+        return _registers(result)
     if "grouped" in result:
         return _grouped(result)
     if "checks" in result:
@@ -128,6 +130,27 @@ def _attention(result):
                 if "share" in row
             ),
             *_short(result),
+            "",
+        ]
+    )
+
+
+def _registers(result):
+    """What `sparse_registers.py` printed."""
+    return "\n".join(
+        [
+            "## Sparse attention's Hopper kernels, compiled only\n",
+            f"`python docs/bench/sparse_registers.py`, jax {result['jax']}, {result['date']}: what ptxas says for an H100."
+            f" {result['limit']:,} bytes of",
+            "shared memory are the limit; registers are a mean, as the warpgroups that multiply take 240 and the one that"
+            " copies 24.\n",
+            "| head | block | kernel | registers | bytes spilled | shared memory |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *(
+                f"| {row['head']} | {row['rows']} x {row['columns']} | {row['kernel'].replace('_', ' ')} |"
+                f" {row['registers']} | {row['spilled']} | {row['shared']:,} |"
+                for row in result["sparse_registers"]
+            ),
             "",
         ]
     )
@@ -409,7 +432,9 @@ def _exchanges(result):
 
 
 def tpus(result):
-    """What `tpu.py` read in the compiler's schedules."""
+    """What `tpu.py`, or `schedule` of sparse attention, read in the compiler's schedules."""
+    if "schedule" in result:
+        return _schedule(result)
     m, k, n, e = result["shape"].values()
     ratio = lambda row: "" if row["flop_ratio"] is None else f"{row['flop_ratio']:.3f}"  # noqa: E731
     return "\n".join(
@@ -422,6 +447,28 @@ def tpus(result):
             *(
                 f"| {row['chip']} | {row['kernel']} | {ratio(row)} | {row['bundles']} | {row['matrix_slots']:.2f} |"
                 for row in result["rows"]
+            ),
+            "",
+        ]
+    )
+
+
+def _schedule(result):
+    """Sparse attention with all causal blocks beside `splash_attention`."""
+    return "\n".join(
+        [
+            "## Sparse attention on TPUs, compiled only\n",
+            f"`{result['command']}`, {result['date']}: all causal blocks in tiles of 512 by 512, heads of 128, bfloat16,"
+            " beside jax's",
+            "`splash_attention` with the same tiles, which masks all of them. Bundles (cycles) and spilled registers of a"
+            " tile, and the",
+            "share of the matrix units' slots that its loop fills.\n",
+            "| chip | kernel | tile | bundles | spills | matrix slots |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *(
+                f"| {row['chip']} | {row['kernel']} | {row['tile']} | {row['bundles']:.0f} | {row['spills']:.0f} |"
+                f" {row['fill']:.2f} |"
+                for row in result["schedule"]
             ),
             "",
         ]
