@@ -140,10 +140,9 @@ def _registers(result):
     return "\n".join(
         [
             "## Sparse attention's Hopper kernels, compiled only\n",
-            f"`python docs/bench/sparse_registers.py`, jax {result['jax']}, {result['date']}: what ptxas says for an H100."
-            f" {result['limit']:,} bytes of",
-            "shared memory are the limit; registers are a mean, as the warpgroups that multiply take 240 and the one that"
-            " copies 24.\n",
+            f"`python docs/bench/sparse_registers.py`, jax {result['jax']}, {result['date']}: what ptxas says for an",
+            f"H100. {result['limit']:,} bytes of shared memory are the limit; registers are a mean, as the warpgroups",
+            "that multiply take 240 and the one that copies 24.\n",
             "| head | block | kernel | registers | bytes spilled | shared memory |",
             "| --- | --- | --- | --- | --- | --- |",
             *(
@@ -458,11 +457,10 @@ def _schedule(result):
     return "\n".join(
         [
             "## Sparse attention on TPUs, compiled only\n",
-            f"`{result['command']}`, {result['date']}: all causal blocks in tiles of 512 by 512, heads of 128, bfloat16,"
-            " beside jax's",
-            "`splash_attention` with the same tiles, which masks all of them. Bundles (cycles) and spilled registers of a"
-            " tile, and the",
-            "share of the matrix units' slots that its loop fills.\n",
+            f"`{result['command']}`, {result['date']}:",
+            "all causal blocks in tiles of 512 by 512, heads of 128, bfloat16, beside jax's `splash_attention` with the",
+            "same tiles, which masks all of them. Bundles (cycles) and spilled registers of a tile, and the share of the",
+            "matrix units' slots that its loop fills.\n",
             "| chip | kernel | tile | bundles | spills | matrix slots |",
             "| --- | --- | --- | --- | --- | --- |",
             *(
