@@ -458,9 +458,9 @@ def _schedule(result):
         [
             "## Sparse attention on TPUs, compiled only\n",
             f"`{result['command']}`, {result['date']}:",
-            "all causal blocks in tiles of 512 by 512, heads of 128, bfloat16, beside jax's `splash_attention` with the",
-            "same tiles, which masks all of them. Bundles (cycles) and spilled registers of a tile, and the share of the",
-            "matrix units' slots that its loop fills.\n",
+            "all causal blocks in tiles of 512 by 512, heads of 128, bfloat16, beside jax's `splash_attention` with",
+            "the same tiles, which masks all of them. Bundles (cycles) and spilled registers of a tile, and the share",
+            "of the matrix units' slots that its loop fills.\n",
             "| chip | kernel | tile | bundles | spills | matrix slots |",
             "| --- | --- | --- | --- | --- | --- |",
             *(
