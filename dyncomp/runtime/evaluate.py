@@ -34,6 +34,18 @@ def separate(model: Any) -> Any:
     return model.clone(backbone=functools.partial(model.backbone, layers="unroll"))
 
 
+def _judged(model: Any) -> Any:
+    """`separate`, or the reason why not."""
+    found, name = separate(model), type(model).__name__
+    if found is None and hasattr(model, "segment"):
+        raise DyncompError(
+            f"{name}: only classifiers are judged segment by segment here; run HostExecutor(runtime.from_model(...))"
+        )
+    if found is None:
+        raise DyncompError(f"{name} has no segments: see runtime.whole")
+    return found
+
+
 def executed_split(
     run: Run, variables: Mapping[str, Any], split: Split = "test", batches: int | None = None
 ) -> dict[str, Any]:
@@ -53,14 +65,7 @@ def executed_split(
     Raises:
       DyncompError: another kind of model.
     """
-    model = separate(run.model)
-    if model is None:
-        name, described = type(run.model).__name__, hasattr(run.model, "segment")
-        raise DyncompError(
-            f"{name}: only classifiers are judged segment by segment here; run HostExecutor(runtime.from_model(...))"
-            if described
-            else f"{name} has no segments: see runtime.whole"
-        )
+    model = _judged(run.model)
     source = run.task.source(split)
     size = min(run.batch_size, len(source))
     sample = next(sequential(source, size))["inputs"]
