@@ -21,13 +21,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from dyncomp.attention import CacheState, truncate
+from dyncomp.attention import CacheState, HeavyHitters, MixedPrecision, TokenSelection, truncate
 from dyncomp.core.aux import Count, count
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool, Float, Int
 from dyncomp.decoding.exiting import check_exits
 from dyncomp.decoding.net import Net, gather_events
 from dyncomp.decoding.policies import Plain, Step
+from dyncomp.decoding.reading import cache_policies
 from dyncomp.decoding.rules import Confident, LeaveRule, Readout, SharedHead
 from dyncomp.models import layer_caches, with_layer_caches
 
@@ -77,8 +78,9 @@ class ExitAndCatchUp(Plain):
     window: int = 16
 
     def check(self, model: Any) -> None:
-        """Refuses exits that the model does not have."""
+        """Refuses exits that the model does not have, and caches that would not be those of full depth."""
         check_exits(self.exits, model.depth)
+        check_catches_up(model)
         if self.window < 2:
             raise DyncompError(f"ExitAndCatchUp.window={self.window}: let at least 2 tokens wait")
         if not self.rule.reads_logits:
@@ -120,6 +122,20 @@ class ExitAndCatchUp(Plain):
         """How many tokens a block is compiled to catch up with: powers of two, and the window."""
         powers = [2**n for n in range(self.window.bit_length()) if 2**n < self.window]
         return (*powers, self.window)
+
+
+BY_PASS = HeavyHitters, MixedPrecision, TokenSelection
+"""Caches that decide once a pass what to keep or to read, for all of its tokens."""
+
+
+def check_catches_up(model: Any) -> None:
+    """Refuses caches that hold something else when tokens come several at once instead of one by one."""
+    for policy in cache_policies(model):
+        if isinstance(policy, BY_PASS):
+            raise DyncompError(
+                f"ExitAndCatchUp runs tokens together, and {type(policy).__name__} decides once a pass what it keeps or"
+                " reads: not what full depth would; use FullCache, or ExitEarly"
+            )
 
 
 @dataclasses.dataclass

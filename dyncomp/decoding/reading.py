@@ -84,13 +84,9 @@ def check_rows(model: DecoderLM, rows: int) -> None:
     Raises:
       DyncompError: names the fix.
     """
-    mixers = [
-        block(parent=None, dtypes=model.dtypes).mixer(parent=None)
-        for group in model.groups
-        for block in group.blocks
-    ]
+    mixers = _mixers(model)
     windows = [getattr(mixer, "window", None) for mixer in mixers]
-    windows += [getattr(_policy(mixer), "window", None) for mixer in mixers]
+    windows += [getattr(policy, "window", None) for policy in cache_policies(model)]
     if rows > 1 and any(windows):
         raise DyncompError(
             f"a window of {max(filter(None, windows))} slots and {rows} rows of different lengths do not go"
@@ -103,10 +99,32 @@ def each_cache(fn: Callable[[Any], Any], cache: Any) -> Any:
     return jax.tree.map(fn, cache, is_leaf=_is_cache)
 
 
-def _policy(mixer: Any) -> Any:
-    """The cache policy of a mixer that has one."""
-    made = getattr(mixer, "cache", None)
-    return None if made is None else made(max_length=1)
+def cache_policies(model: DecoderLM) -> list[Any]:
+    """The cache policies of the mixers that name one; `MixedHeads` has several."""
+    return [
+        part.cache(max_length=ROOMY)
+        for mixer in _mixers(model)
+        for part in _parts(mixer)
+        if getattr(part, "cache", None) is not None
+    ]
+
+
+ROOMY = 2**30
+"""Slots of a cache that is never made: no policy finds them too few."""
+
+
+def _mixers(model: DecoderLM) -> list[Any]:
+    return [
+        block(parent=None, dtypes=model.dtypes).mixer(parent=None)
+        for group in model.groups
+        for block in group.blocks
+    ]
+
+
+def _parts(mixer: Any) -> list[Any]:
+    """A mixer, or those that its heads are shared between."""
+    parts = getattr(mixer, "parts", None)
+    return [make(parent=None) for make in parts.values()] if parts else [mixer]
 
 
 def _is_cache(node: Any) -> bool:
