@@ -5,8 +5,8 @@ A token that leaves after block n gives later tokens no keys and values in block
 * ``propagate``: each block above makes them from the hidden state with which the token left, by its own norm and
   projections, and nothing else of the block runs (arXiv 2401.09964; the state propagation of early-exit decoders).
 * ``copy``: each block above takes the keys and values of the last block that ran.
-* ``recompute`` (`pending.Recompute`): none until a later token needs the block; then the block runs for all tokens
-  that are missing, at once, so that its cache is what full depth would have left.
+* none, until a later token needs the block; then the block runs for all tokens that are missing, at once, so that its
+  cache is what full depth would have left. That is another policy, `pending.ExitAndCatchUp`.
 
 Rows of a batch leave one by one, as each would alone, but a block is only skipped once all rows have left.
 """
@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dyncomp.attention import KVCache, push_newest, replace_newest
+from dyncomp.attention import FullCache, KVCache, push_newest, replace_newest
 from dyncomp.core.aux import Count, count
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.typing import Array, Bool
 from dyncomp.decoding.net import Net, gather_events
 from dyncomp.decoding.policies import Plain, Step
+from dyncomp.decoding.reading import cache_policies
 from dyncomp.decoding.rules import Confident, LeaveRule, Readout, SharedHead
 from dyncomp.models import kv_cost, layer_caches, with_layer_caches
 
@@ -49,10 +50,15 @@ class ExitEarly(Plain):
     fill: Fill = "propagate"
 
     def check(self, model: Any) -> None:
-        """Refuses exits that the model does not have."""
+        """Refuses exits that the model does not have, and copies between caches that have no slots to copy."""
         check_exits(self.exits, model.depth)
         if self.fill not in ("propagate", "copy"):
-            raise DyncompError(f"ExitEarly.fill={self.fill!r}: use 'propagate' or 'copy'")
+            raise DyncompError(
+                f"ExitEarly.fill={self.fill!r}: use 'propagate' or 'copy'; blocks that recompute what they missed are"
+                " ExitAndCatchUp"
+            )
+        if self.fill == "copy":
+            check_copies(model)
 
     def controls(self) -> Any:
         """Nobody leaves."""
@@ -78,6 +84,16 @@ def check_exits(exits: tuple[int, ...], depth: int) -> None:
         raise DyncompError(
             f"exits={exits}: give increasing numbers of blocks, from 1 to {depth - 1}"
         )
+
+
+def check_copies(model: Any) -> None:
+    """Refuses caches whose newest token another layer's cannot stand for."""
+    for policy in cache_policies(model):
+        if not isinstance(policy, FullCache):
+            raise DyncompError(
+                f"ExitEarly.fill='copy' copies slots of a FullCache, not of {type(policy).__name__}; use"
+                " fill='propagate'"
+            )
 
 
 @dataclasses.dataclass

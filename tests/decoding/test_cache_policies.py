@@ -9,6 +9,7 @@ from dyncomp.attention import FullCache, HeavyHitters, MixedPrecision, SinkWindo
 from dyncomp.core.errors import DyncompError
 from dyncomp.decoding import (
     ExitAndCatchUp,
+    ExitEarly,
     FirstLayers,
     Generator,
     Session,
@@ -95,3 +96,11 @@ def test_caches_that_decide_once_a_pass_cannot_catch_up(lm, name):
 def test_a_cache_is_not_tried_on_a_single_slot(lm):
     """Looking for windows, `check_rows` makes the policy: a prompt of 16 does not fit one slot."""
     check_rows(with_mixer(lm[0], cache=TIGHT["bits"]), 2)
+
+
+@pytest.mark.parametrize("name", ("hitters", "sinks", "tokens"))
+def test_only_a_full_cache_is_copied(lm, name):
+    model = with_mixer(lm[0], cache=TIGHT[name])
+    with pytest.raises(DyncompError, match=f"not of {TIGHT[name].func.__name__}; use fill='prop"):
+        Generator(model, lm[1], ExitEarly((2,), fill="copy"))
+    ExitEarly((2,)).check(model)

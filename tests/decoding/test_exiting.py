@@ -182,6 +182,11 @@ def test_own_heads_read_the_raw_state(lm, net):
     np.testing.assert_allclose(one.logits[1], x[0, -1] @ heads[0], atol=1e-4)
 
 
+def test_recomputing_is_another_policy(lm, unchecked):
+    with pytest.raises(DyncompError, match="fill='recompute'.* ExitAndCatchUp"):
+        Generator(*lm[:2], ExitEarly(EXITS, fill="recompute"))
+
+
 @pytest.mark.parametrize("exits", [(), (0, 2), (2, 6), (3, 1)])
 def test_exits_that_do_not_exist(lm, exits):
     with pytest.raises(DyncompError, match="from 1 to 5"):
