@@ -152,10 +152,13 @@ def best_family(
 def best_budget(tokens: Mapping[int, float], latency: Mapping[int, float]) -> int:
     """The budget N with the largest tokens(N) / latency(N): tau(N) / L_fp(N) of arXiv 2405.18628.
 
+    Budget 0 is plain decoding, one token a pass. Where ``latency`` has it, it wins unless a tree is faster.
+
     Args:
       tokens: tokens a pass writes, 1 + `TreeFamily.accepted`, by budget.
       latency: measured time of a pass by budget, in any unit.
     """
+    tokens = {0: 1.0, **tokens} if 0 in latency else tokens
     if not tokens or tokens.keys() != latency.keys() or min(latency.values()) <= 0:
         raise DyncompError("best_budget: tokens and positive latencies of the same budgets")
     return max(sorted(tokens), key=lambda n: tokens[n] / latency[n])

@@ -303,6 +303,14 @@ def test_budget_by_speed():
         best_budget({1: 2.0}, {2: 1.0})
 
 
+def test_plain_decoding_is_chosen_where_trees_do_not_pay():
+    """Budget 0 is a pass of one token; a tie is plain decoding's."""
+    tokens = {4: 1.5, 8: 1.7}
+    assert best_budget(tokens, {0: 1.0, 4: 1.6, 8: 2.0}) == 0
+    assert best_budget(tokens, {0: 1.0, 4: 1.5, 8: 2.0}) == 0
+    assert best_budget(tokens, {0: 1.0, 4: 1.6, 8: 1.5}) == 8
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
