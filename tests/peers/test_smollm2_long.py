@@ -30,7 +30,7 @@ PATTERNS = {
     "assigned": (functools.partial(Assigned, (VerticalSlash(128, 256),)), 0.3),
     "a_shape": (functools.partial(AShape, window=256, sink=64), None),
 }
-"""Nats a token of the key at most; None where it lies outside of what is read. Means of blocks lose it too, by nature."""
+"""Nats a token of the key at most; None where it lies outside of what is read. (Means of blocks lose it by nature.)"""
 POLICIES = {
     "token_selection": (functools.partial(TokenSelection, sink=16, top=240, local=64), 0.5),
     "cluster_selection": (ClusterSelection, 1.5),
