@@ -20,7 +20,9 @@ def add(commands: Any) -> None:
         "model", help="folder with config.json, .gguf file, .whl holding one, or hub name"
     )
     parser.add_argument(
-        "--prompt", action="append", help="text to continue; repeat it for a batch; default stdin"
+        "--prompt",
+        action="append",
+        help="text to continue; repeat it for a batch (with --exits, one after the other); default stdin",
     )
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the model's chat template"
@@ -53,6 +55,7 @@ def add(commands: Any) -> None:
 
 def _main(args: argparse.Namespace) -> None:
     from dyncomp import pretrained
+    from dyncomp.cli.generate_rows import generate_rows
     from dyncomp.decoding import Generator, Sampler
 
     texts = _checked(args) or [sys.stdin.read()]
@@ -71,12 +74,13 @@ def _main(args: argparse.Namespace) -> None:
     del loaded, variables  # the generator has its own layout of the weights
     transcript = _transcript(args, tokenizer, len(prompts), policy, depth)
     begin = time.perf_counter()
-    found = generator.generate(
-        prompts, args.max_new, listener=transcript, seed=args.seed, controls=controls
+    alone = bool(args.exits)  # in a batch, rows would leave together and change each other's texts
+    found, flops = generate_rows(
+        generator, prompts, args.max_new, transcript, alone=alone, seed=args.seed, controls=controls
     )
     seconds = time.perf_counter() - begin
     transcript.finish()
-    _report(args, texts, transcript, found, generator, seconds)
+    _report(args, texts, transcript, found, flops, seconds)
 
 
 def _checked(args: argparse.Namespace) -> list[str] | None:
@@ -142,13 +146,13 @@ def _show(row: int, text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _report(args, prompts, transcript, found, generator, seconds) -> None:
+def _report(args, prompts, transcript, found, flops, seconds) -> None:
     tokens, texts = sum(len(one.tokens) for one in found), transcript.texts
     spent = {
         "tokens": tokens,
         "seconds": round(seconds, 3),
-        "gflops_prompt": generator.prompt_ledger.total("needed") / 1e9,
-        "gflops_generated": generator.ledger.total("needed") / 1e9,
+        "gflops_prompt": flops.prompt,
+        "gflops_generated": flops.generated,
     }
     line = f"{tokens} tokens in {seconds:.1f} s (compilation included), {found[0].reason}"
     if args.html:

@@ -13,6 +13,8 @@ from dyncomp.cli.main import main
 from dyncomp.decoding import ExitMaps
 from dyncomp.decoding.generated import Tick
 
+THRESHOLD = "0.03"
+"""The tiny model's tokens then leave at every exit now and then (a test checks)."""
 PROMPT = ["--prompt", "def f(", "--max-new", "8"]
 
 
@@ -57,6 +59,22 @@ def test_colours_in_a_pipe_are_text_and_a_page_has_them(tiny_model, maps, tmp_pa
     assert "\x1b" not in piped.out and "1 blocks" in piped.err and "all 4 blocks" in piped.err
     html = page.read_text()
     assert '<span>def f(</span><span class="token"' in html and 'title="1 blocks"' in html
+
+
+def test_several_prompts_say_what_each_says_alone(tiny_model, maps, capsys):
+    """In a batch all rows would wait for the one that stays longest."""
+    arguments = ["generate", str(tiny_model), "--max-new", "8", "--exits", maps, "--json"]
+    arguments += ["--threshold", THRESHOLD, "--temperature", "1"]
+    texts = ["a", "import os", "def f("]
+    alone = []
+    for text in texts:
+        assert main([*arguments, "--prompt", text]) == 0
+        alone.append(said(capsys))
+    assert main([*arguments, *(word for text in texts for word in ("--prompt", text))]) == 0
+    together = said(capsys)
+    assert together["generated"] == [one["generated"][0] for one in alone]
+    assert together["gflops_generated"] == sum(one["gflops_generated"] for one in alone)
+    assert len({tuple(one["depths"]) for one in together["generated"]}) > 1
 
 
 class Bytes:
