@@ -75,7 +75,7 @@ class OtherModel(_Whole):
         self.model, self._variables = separate(model, variables)
 
     def check(self, target: DecoderLM) -> None:
-        """Refuses another vocabulary."""
+        """Refuses a vocabulary of another size; `pretrained.check_pair` compares the tokenizers too."""
         check_vocabularies(draft=self.model, target=target)
 
     def weights(self) -> Any:

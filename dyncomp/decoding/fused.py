@@ -76,7 +76,8 @@ class FusedGenerator:
       prompt_ledger, ledger: FLOPs of the last call, under ``large``, ``base`` and the experts' names.
 
     Raises:
-      DyncompError: vocabularies differ in size, no expert, a name taken twice.
+      DyncompError: vocabularies differ in size (`pretrained.check_pair` compares the tokenizers too), no expert, a name
+        taken twice.
     """
 
     def __init__(

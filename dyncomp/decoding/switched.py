@@ -77,7 +77,7 @@ class SwitchingGenerator:
       sessions: of the small and the large model; ``sessions[i].ledger`` holds its work in the last call.
 
     Raises:
-      DyncompError: the vocabularies differ in size.
+      DyncompError: the vocabularies differ in size; `pretrained.check_pair` compares the tokenizers too.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 
 def test_the_examples_run(document, tiny_model, capsys):
     _, blocks = document("docs/decoding.md")
-    generate, trees = (body for language, _, body in blocks if language == "python")
+    generate, trees, pairs = (body for language, _, body in blocks if language == "python")
     names = {}
     exec(generate.replace("path/or/hub-name", str(tiny_model)), names)
     assert int(capsys.readouterr().out.strip().splitlines()[-1]) > 0
@@ -14,3 +14,6 @@ def test_the_examples_run(document, tiny_model, capsys):
     assert (
         one.tokens == alone.generate([names["loaded"].tokenizer.encode("def f(x):")], 16)[0].tokens
     )
+    exec(pairs.replace("path/or/smaller-name", str(tiny_model)), names)
+    assert names["drafted"].tokens == names["switched"].tokens == one.tokens
+    assert [int(tick.tokens[0]) for tick in names["ticks"]] == one.tokens
