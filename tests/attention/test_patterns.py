@@ -20,6 +20,7 @@ from dyncomp.attention import (
     TopBlocks,
     VerticalSlash,
     attend,
+    attention,
     head_errors,
 )
 from dyncomp.core.errors import DyncompError
@@ -162,6 +163,42 @@ def test_short_passes_are_dense(layer):
     make, params, x = layer
     sparse = make(pattern=functools.partial(AShape, window=2), pattern_from=T + 1)
     np.testing.assert_array_equal(sparse.apply(params, x)[0], make().apply(params, x)[0])
+
+
+def test_a_window_of_a_long_pass_is_computed_by_blocks(layer, monkeypatch):
+    make, params, _ = layer
+    module, t = make(window=32), 320
+    x = jax.random.normal(jax.random.key(6), (B, t, 16))
+    real = jnp.arange(t)[None] >= jnp.asarray([[7], [0]])
+    want, square = module.apply(params, x, None, real)
+    d_want = jax.grad(summed, argnums=1)(module, x, params, real)
+    monkeypatch.setattr(attention, "LONG", t)
+    y, aux = module.apply(params, x, None, real)
+    for row, start in enumerate((7, 0)):
+        np.testing.assert_allclose(y[row, start:], want[row, start:], atol=1e-6)
+    d_x = jax.grad(summed, argnums=1)(module, x, params, real)
+    np.testing.assert_allclose(d_x, d_want, atol=1e-5)
+    ledger = lambda aux: Ledger(module.cost(16, t)).record(aux.events)
+    pairs = lambda aux, kind: ledger(aux).events(kind, under="pair")
+    assert pairs(aux, "needed") == pairs(square, "needed")
+    assert 2 * pairs(aux, "executed") < pairs(square, "executed")
+
+
+def summed(module, x, params, real):
+    y, _ = module.apply(params, x, None, real)
+    return jnp.sum(jnp.where(real[:, :, None], y, 0.0) ** 2)
+
+
+def test_a_long_window_takes_memory_in_proportion_to_the_text():
+    module = Attention(heads=2, window=64)
+
+    def temporary(t):
+        x = jax.ShapeDtypeStruct((1, t, 16), jnp.float32)
+        params = jax.eval_shape(module.init, jax.random.key(0), x)
+        call = jax.jit(lambda params, x: module.apply(params, x)[0])
+        return call.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < 2.5 * temporary(4096) < 2**26
 
 
 def test_prefill_then_decode(layer):
