@@ -23,6 +23,7 @@ from dyncomp.attention import (
     attention,
     head_errors,
 )
+from dyncomp.attention.attention import PAIR_BLOCK
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Ledger
 
