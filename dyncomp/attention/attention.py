@@ -11,10 +11,10 @@ from flax import linen as nn
 
 from dyncomp.attention.asked import Asked, Work
 from dyncomp.attention.attend import attend, attend_seen
+from dyncomp.attention.band import band_serves, banded
 from dyncomp.attention.cache import CacheState, FullCache
 from dyncomp.attention.fused import fused_attention, fused_serves
 from dyncomp.attention.local import on_own_heads
-from dyncomp.attention.patterns import AShape
 from dyncomp.attention.ring import ring_attention
 from dyncomp.attention.rope import RopeScaling, rope_angles, rotate, rotate_below
 from dyncomp.attention.sampled import Sampled
@@ -45,9 +45,6 @@ def pair_events(needed: Int[Array, "b"], executed: Array | int) -> dict[str, Cou
     }
 
 
-LONG = 4096
-"""Passes without a cache from here on compute a window by blocks, not the full square."""
-
 Across = Literal["ring", "gather"]
 
 
@@ -67,7 +64,7 @@ class Attention(nn.Module):
       rope_scaling: changed frequencies for long texts.
       causal: a position sees itself and what precedes it.
       window: a position sees itself and the ``window - 1`` slots before it (Mistral); None for all. The cache still
-        keeps everything. Passes without a cache of `LONG` and four windows or more compute blocks around the band.
+        keeps everything. Long passes without a cache compute blocks around the band (`band`).
       bias: biases on all four projections.
       qkv_bias: biases on queries, keys and values (Qwen2); None follows ``bias``.
       qk_norm: RMS norm of every query and key head before RoPE (Qwen3).
@@ -216,8 +213,9 @@ class Attention(nn.Module):
         apart = parts("batch", "seq") > 1
         if apart and sight.visible is None and self.across == "ring":
             return ring_attention(q, k, v, sight), self._square(b, t, real, sight)
-        if not apart and self._banded(t, sight):
-            return self._band(q, k, v, sight, real)
+        if not apart and band_serves(t, sight):
+            mixed, pairs = banded(q, k, v, sight)
+            return mixed, Work(pairs, self._dense(b, t, real, jnp.int32(0), sight))
         if apart:
             k, v = (constrain(x, ("batch", None, "kv_heads", None)) for x in (k, v))
         elif fused_serves(q, sight, real):
@@ -228,19 +226,6 @@ class Attention(nn.Module):
         everything = real is None and sight.visible is None and not self.causal
         mixed = attend(q, k, v, None if everything else sight.all())
         return mixed, self._square(b, t, real, sight)
-
-    def _banded(self, t: int, sight: Sight) -> bool:
-        """Whether a window is narrow enough for its blocks to be far fewer than all."""
-        narrow = self.window is not None and 4 * self.window <= t
-        return narrow and t >= LONG and sight.visible is None
-
-    def _band(self, q, k, v, sight: Sight, real: Array | None) -> tuple[Array, Work]:
-        """The window by blocks of keys; exact by the slot."""
-        assert self.window is not None
-        (b, t), pattern = q.shape[:2], AShape(window=self.window)
-        mixed, pairs = on_own_heads(pattern, q, k, v, sight, None, padded=False)
-        computed = jnp.round(pairs.executed).astype(jnp.int32)
-        return mixed, Work(computed, self._dense(b, t, real, jnp.int32(0), sight))
 
     def _square(self, b: int, t: int, real: Array | None, sight: Sight) -> Work:
         """Every query with every key, of which dense attention needs some."""

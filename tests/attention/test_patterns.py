@@ -20,7 +20,7 @@ from dyncomp.attention import (
     TopBlocks,
     VerticalSlash,
     attend,
-    attention,
+    band,
     head_errors,
 )
 from dyncomp.attention.attention import PAIR_BLOCK
@@ -173,7 +173,7 @@ def test_a_window_of_a_long_pass_is_computed_by_blocks(layer, monkeypatch):
     real = jnp.arange(t)[None] >= jnp.asarray([[7], [0]])
     want, square = module.apply(params, x, None, real)
     d_want = jax.grad(summed, argnums=1)(module, x, params, real)
-    monkeypatch.setattr(attention, "LONG", t)
+    monkeypatch.setattr(band, "LONG", t)
     y, aux = module.apply(params, x, None, real)
     for row, start in enumerate((7, 0)):
         np.testing.assert_allclose(y[row, start:], want[row, start:], atol=1e-6)
