@@ -10,8 +10,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-# Where machine code is not optimised, XLA's newer fusion emitter is most of what is left of compiling; from jaxlib 0.11
-# on there is no other, and XLA ends the process for a flag that it does not know.
+# Where machine code is not optimised, XLA's newer fusion emitter is most of what is left of compiling. jaxlib 0.11 no
+# longer knows the flag, and XLA ends the process for one that it does not know.
 old_emitters = importlib.metadata.version("jaxlib").startswith("0.10.")
 if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and old_emitters:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

@@ -36,7 +36,7 @@ EASY = (
     "--xla_cpu_parallel_codegen_split_count=1"
 )
 """What is compared is mathematics, so the compiler need not work hard."""
-if jax.__version_info__ < (0, 11):  # later ones have no other emitter, and end for a flag unknown
+if jax.__version_info__ < (0, 11):  # later ones end the process for a flag that they no longer know
     EASY += " --xla_cpu_use_fusion_emitters=false"
 EXACT, CLOSE = 1e-8, 1e-5
 SAID = {
