@@ -6,7 +6,7 @@ tokens than others leave slots of the caches empty, so caches are larger than fo
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Array, Float, Int, Variables
 from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.drafting import Drafter, Request
+from dyncomp.decoding.generated import Tick
 from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.reading import Reading, begin, check_rows, newest, read, unread
 from dyncomp.decoding.sampling import GREEDY, Sampler
@@ -113,34 +114,50 @@ class SpeculativeGenerator:
     draft_ledger: Ledger = property(lambda self: self._accounts[3].settle())  # type: ignore[assignment]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new: int, *, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        *,
+        listener: Callable[[Tick], Any] | None = None,
+        seed: int = 0,
     ) -> list[Speculated]:
-        """Writes at most ``max_new`` tokens after each prompt.
+        """Writes at most ``max_new`` tokens after each prompt; ``listener`` as of `written.Writer.finish`.
+
+        Raises:
+          DyncompError: as `stream`.
+        """
+        writer = Writer([Speculated() for _ in prompts], max_new, self.eos)
+        return writer.finish(writer.ticks(self._rounds(writer, prompts, seed)), listener)
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], max_new: int, *, seed: int = 0
+    ) -> Iterator[Tick]:
+        """Yields the tokens of each round, a step for each place in it.
 
         Raises:
           DyncompError: an empty prompt, an id outside the vocabulary, or more than a model takes.
         """
+        writer = Writer([Speculated() for _ in prompts], max_new, self.eos)
+        return writer.ticks(self._rounds(writer, prompts, seed))
+
+    def _rounds(
+        self, writer: Writer[Speculated], prompts: Sequence[Sequence[int]], seed: int
+    ) -> Iterator[list[list[int]]]:
+        """The new tokens of each row, round by round."""
+        max_new = int(writer.room.max(initial=0))
         readers = [self.model, *filter(None, [getattr(self.drafter, "model", None)])]
         for model in readers:
             check_lengths(model, prompts, max_new)
         check_rows(self.model, len(prompts))
-        rows = [Speculated() for _ in prompts]
-        writer = Writer(rows, max_new, self.eos)
         costs = self.model.cost((1, 1)), self.drafter.cost(self.model)
-        self._accounts = [
-            Account(costs[0]),
-            Account(costs[0]),
-            Account(costs[1]),
-            Account(costs[1]),
-        ]
+        self._accounts = [Account(costs[place // 2]) for place in range(4)]
         weights, key = self.drafter.weights(), jax.random.key(seed)
         tokens, counts = pad_right(prompts, self.model.vocab_size, position_limit(*readers))
         capacity = self._capacity(len(prompts), tokens.shape[1], max_new)
         standing, events = self._start(self.variables, weights, tokens, counts, key, capacity)
         self._count(events, 0)
-        for row, token in enumerate(jax.device_get(standing.newest).tolist()):
-            writer.add(row, [token])
-        windows = np.full(len(rows), self.window)
+        yield [[token] for token in jax.device_get(standing.newest).tolist()]
+        windows = np.full(len(prompts), self.window)
         while not writer.done.all():
             ask = np.where(writer.done, 0, np.minimum(windows, writer.room - 1))
             k = next(size for size in WINDOWS if size >= max(ask.max(), 1))
@@ -148,11 +165,12 @@ class SpeculativeGenerator:
             standing, told, events = self._round(self.variables, weights, standing, *now, key, k)
             self._count(events, 1)
             accepted, tokens, windows = jax.device_get(told)
+            fresh: list[list[int]] = [[] for _ in writer.rows]
             for row in np.flatnonzero(~writer.done).tolist():
-                rows[row].accepted.append(int(accepted[row]))
-                rows[row].drafted.append(int(ask[row]))
-                writer.add(row, tokens[row, : accepted[row] + 1].tolist())
-        return rows
+                writer.rows[row].accepted.append(int(accepted[row]))
+                writer.rows[row].drafted.append(int(ask[row]))
+                fresh[row] = tokens[row, : accepted[row] + 1].tolist()
+            yield fresh
 
     def _count(self, events: tuple[Any, Any], stage: int) -> None:
         for place, part in enumerate(events):

@@ -5,7 +5,7 @@ so what is saved are sequential steps of the large model, not FLOPs: those are i
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -17,6 +17,7 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Array, Float, Int, Variables
 from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.entropy import entropy_bits
+from dyncomp.decoding.generated import Tick
 from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.decoding.session import WIDTHS, Session, width
 from dyncomp.decoding.switching import LARGE, EntropySwitch, SwitchState
@@ -59,6 +60,17 @@ class Switched(Written):
     def large_share(self) -> float:
         """f_L: the large model's share of the steps."""
         return float(np.mean(self.models))
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchedTick(Tick):
+    """A step, and who wrote it; ``depths`` is 0.
+
+    Attributes:
+      model: int32 [1], 0 the small and 1 the large model.
+    """
+
+    model: Any = None
 
 
 class SwitchingGenerator:
@@ -111,10 +123,27 @@ class SwitchingGenerator:
         prompts: Sequence[Sequence[int]],
         max_new: int,
         *,
+        listener: Callable[[SwitchedTick], Any] | None = None,
         threshold: float = 0.0,
         seed: int = 0,
     ) -> list[Switched]:
-        """Writes at most ``max_new`` tokens after the prompt.
+        """Writes at most ``max_new`` tokens after the prompt; ``listener`` as of `written.Writer.finish`.
+
+        Raises:
+          DyncompError: as `stream`.
+        """
+        writer = Writer([Switched()], max_new, self.eos)
+        return writer.finish(self._ticks(writer, prompts, threshold, seed), listener)
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        *,
+        threshold: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[SwitchedTick]:
+        """Yields each token as it is drawn, and who wrote it.
 
         Both models read the prompt but for its last token first, in parallel passes.
 
@@ -125,14 +154,34 @@ class SwitchingGenerator:
         Raises:
           DyncompError: several prompts, an empty one, or more than a model takes.
         """
+        return self._ticks(Writer([Switched()], max_new, self.eos), prompts, threshold, seed)
+
+    def _ticks(
+        self,
+        writer: Writer[Switched],
+        prompts: Sequence[Sequence[int]],
+        threshold: float,
+        seed: int,
+    ) -> Iterator[SwitchedTick]:
+        for tick in writer.ticks(self._steps(writer, prompts, threshold, seed)):
+            yield SwitchedTick(**vars(tick), model=np.array(writer.rows[0].models[-1:], np.int32))
+
+    def _steps(
+        self,
+        writer: Writer[Switched],
+        prompts: Sequence[Sequence[int]],
+        threshold: float,
+        seed: int,
+    ) -> Iterator[list[list[int]]]:
+        """The next token, step by step."""
         if len(prompts) != 1:
             raise DyncompError(
                 f"{len(prompts)} prompts: rows of a batch would need different models at one step; give one"
             )
+        (one,), max_new = writer.rows, int(writer.room[0])
         for session in self.sessions:
             check_lengths(session.model, prompts, max_new)
-        text, one = list(prompts[0]), Switched()
-        writer = Writer([one], max_new, self.eos)
+        text = list(prompts[0])
         margin = max(WIDTHS[-1], width(max_new))
         for session in self.sessions:
             session.open([text[:-1]], bucket(width(len(text)) + max_new + margin))
@@ -149,9 +198,8 @@ class SwitchingGenerator:
             one.entropies.append(entropy)
             one.read.append(len(gap))
             text.append(token)
-            writer.add(0, [token])
+            yield [[token]]
             model = chosen
-        return [one]
 
     def _decided(
         self, logits: Float[Array, "b v"], state: SwitchState, threshold, key, step

@@ -8,7 +8,7 @@ carried says which tree comes next; one program serves all trees, padded to the 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Array, Bool, Float, Int, Variables
 from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.branches import check_branches, read_branches
+from dyncomp.decoding.generated import Tick
 from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.reading import Reading, begin, each_cache, newest, read
 from dyncomp.decoding.sampling import GREEDY, Sampler
@@ -127,16 +128,38 @@ class TreeGenerator:
         return self._accounts[1].settle()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new: int, *, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        *,
+        listener: Callable[[Tick], Any] | None = None,
+        seed: int = 0,
     ) -> list[TreeWritten]:
-        """Writes at most ``max_new`` tokens after each prompt.
+        """Writes at most ``max_new`` tokens after each prompt; ``listener`` as of `written.Writer.finish`.
+
+        Raises:
+          DyncompError: as `stream`.
+        """
+        writer = Writer([TreeWritten() for _ in prompts], max_new, self.eos)
+        return writer.finish(writer.ticks(self._passes(writer, prompts, seed)), listener)
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], max_new: int, *, seed: int = 0
+    ) -> Iterator[Tick]:
+        """Yields the tokens of each pass, a step for each place in it.
 
         Raises:
           DyncompError: an empty prompt, an id outside the vocabulary, or more than the model takes.
         """
+        writer = Writer([TreeWritten() for _ in prompts], max_new, self.eos)
+        return writer.ticks(self._passes(writer, prompts, seed))
+
+    def _passes(
+        self, writer: Writer[TreeWritten], prompts: Sequence[Sequence[int]], seed: int
+    ) -> Iterator[list[list[int]]]:
+        """The new tokens of each row, pass by pass."""
+        rows, max_new = writer.rows, int(writer.room.max(initial=0))
         check_lengths(self.model, prompts, max_new)
-        rows = [TreeWritten() for _ in prompts]
-        writer = Writer(rows, max_new, self.eos)
         costs, key = self.model.cost((1, 1)), jax.random.key(seed)
         self._accounts = Account(costs), Account(costs)
         tokens, counts = pad_right(prompts, self.model.vocab_size, position_limit(self.model))
@@ -145,18 +168,17 @@ class TreeGenerator:
         capacity = bucket(tokens.shape[1] + used + self.tables.real.shape[-1])
         growing, events = self._start(weights, tokens, counts, key, capacity)
         self._accounts[0].add(events)
-        for row, token in enumerate(jax.device_get(growing.newest).tolist()):
-            writer.add(row, [token])
+        yield [[token] for token in jax.device_get(growing.newest).tolist()]
         while not writer.done.all():
             growing, told, events = self._pass(weights, ~writer.done, growing, key)
             self._accounts[1].add(events)
             accepted, new, states = jax.device_get(told)
-            for row, one in enumerate(rows):
-                if not writer.done[row]:
-                    one.accepted.append(int(accepted[row]))
-                    one.depths.append(int(states[row]) + 1)
-                    writer.add(row, new[row, : accepted[row] + 1].tolist())
-        return rows
+            fresh: list[list[int]] = [[] for _ in rows]
+            for row in np.flatnonzero(~writer.done).tolist():
+                rows[row].accepted.append(int(accepted[row]))
+                rows[row].depths.append(int(states[row]) + 1)
+                fresh[row] = new[row, : accepted[row] + 1].tolist()
+            yield fresh
 
     def _started(self, weights, tokens, counts, key, capacity: int) -> Any:
         """Reads the prompts, draws the first tokens, and lets the prompt tokens guess what follows them."""

@@ -1,12 +1,13 @@
 """The text that a driver writes on the host, row by row, several tokens at a time."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from dyncomp.core.errors import DyncompError
-from dyncomp.decoding.generated import Reason
+from dyncomp.decoding.generated import Reason, Tick
 from dyncomp.models import DecoderLM
 
 
@@ -16,15 +17,19 @@ class Written:
 
     Attributes:
       tokens: without the prompt and without the token that ended it.
-      reason: "eos", or "length": as many as were asked for.
+      reason: "eos"; "length", as many as were asked for; "stop", the listener ended it.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     reason: Reason = "length"
 
 
-class Writer:
-    """Collects tokens until each row has ended.
+W = TypeVar("W", bound=Written)
+T = TypeVar("T", bound=Tick)
+
+
+class Writer(Generic[W]):
+    """Writes what each round of a driver brings, a token of every row at a time, until each row has ended.
 
     Args:
       rows: what is written into, one a prompt.
@@ -36,23 +41,55 @@ class Writer:
       room: int [b], tokens that may still come.
     """
 
-    def __init__(self, rows: Sequence[Written], max_new: int, eos: Sequence[int]):
+    def __init__(self, rows: list[W], max_new: int, eos: Sequence[int]):
         self.rows, self.eos = rows, frozenset(eos)
         self.done = np.zeros(len(rows), bool)
         self.room = np.full(len(rows), max_new)
 
-    def add(self, row: int, tokens: Sequence[int]) -> int:
-        """Writes up to the row's end; how many of the tokens count, an ending one included."""
-        for place, token in enumerate(tokens):
-            if self.done[row]:
-                return place
-            if token in self.eos:
+    def ticks(self, rounds: Iterable[Sequence[Sequence[int]]]) -> Iterator[Tick]:
+        """The tokens of ``rounds``, of each row any number a round, as steps; the next round is asked for after them.
+
+        ``depths`` is 0. Rows that end between two steps, by a token or by `stop`, get no more tokens of their round.
+        """
+        for fresh in rounds:
+            for place in range(max(map(len, fresh))):
+                open_rows = [
+                    row
+                    for row, own in enumerate(fresh)
+                    if place < len(own) and not self.done[row]
+                ]
+                if open_rows:
+                    yield self._step({row: int(fresh[row][place]) for row in open_rows})
+
+    def finish(
+        self, ticks: Iterable[T], listener: Callable[[T], Any] | None = None
+    ) -> list[W]:
+        """Takes all of ``ticks``; ``listener`` may return a bool [b] of rows that end, their last token included."""
+        for tick in ticks:
+            asked = listener(tick) if listener else None
+            if asked is not None:
+                self.stop(asked)
+        return self.rows
+
+    def stop(self, asked: np.ndarray) -> None:
+        """Ends rows, bool [b], that have not ended."""
+        for row in np.flatnonzero(np.asarray(asked) & ~self.done).tolist():
+            self.rows[row].reason, self.done[row] = "stop", True
+
+    def _step(self, fresh: dict[int, int]) -> Tick:
+        b = len(self.rows)
+        tokens, emitted, ended = np.zeros(b, np.int32), np.zeros(b, bool), np.zeros(b, bool)
+        for row, token in fresh.items():
+            tokens[row], ended[row] = token, token in self.eos
+            if ended[row]:
                 self.rows[row].reason, self.done[row] = "eos", True
             else:
-                self.rows[row].tokens.append(int(token))
+                emitted[row] = True
+                self.rows[row].tokens.append(token)
                 self.room[row] -= 1
                 self.done[row] = self.room[row] == 0
-        return len(tokens)
+        none = np.zeros(b, bool)
+        return Tick(tokens, emitted, np.zeros(b, np.int32), ended, none)
 
 
 def check_lengths(model: DecoderLM, prompts: Sequence[Sequence[int]], max_new: int) -> None:

@@ -56,9 +56,13 @@ class Flat:
         return (*given, many(bucket, self.row)) if index == 0 else given
 
     def program(self, index: int, bucket: int) -> Any:
-        """The function jitted; it may overwrite the buffer."""
+        """The function jitted; it may overwrite the buffer.
+
+        What it does not use stays an argument: equal programs take equal arguments at the same places.
+        """
         donated = () if self.graph.ends(index) else (1,)
-        return jax.jit(self.functions[index](bucket), donate_argnums=donated)
+        run = self.functions[index](bucket)
+        return jax.jit(run, donate_argnums=donated, keep_unused=True)
 
 
 def flatten(net: Segmented, example: Any, liveness: bool = True) -> Flat:

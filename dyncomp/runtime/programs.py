@@ -1,5 +1,6 @@
 """Segments compiled ahead of time for a few row counts, on one buffer that holds what is carried of every slot."""
 
+import hashlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -109,11 +110,12 @@ class Programs:
         self.thresholds = np.array(flat.thresholds, np.float32)
         self.costs = [launch_costs(self.buckets, launch)] * self.graph.end
         self._buffer = [jnp.zeros((capacity, *leaf.shape), leaf.dtype) for leaf in flat.carry]
-        self._compiled: dict[tuple[int, int], Any] = {}
+        self._calls: dict[tuple[int, int], Any] = {}
+        self._compiled: dict[tuple[bytes, Any, Any], Any] = {}
 
     @property
     def compilations(self) -> int:
-        """Programs built so far; at most segments x buckets."""
+        """Programs built so far, at most segments x buckets: segments that do the same share theirs."""
         return len(self._compiled)
 
     def warm_up(self) -> None:
@@ -165,10 +167,15 @@ class Programs:
 
     def _program(self, index: int, bucket: int) -> Any:
         key = (index, bucket)
-        if key not in self._compiled:
+        if key not in self._calls:
             shapes = self.flat.arguments(index, bucket, self.capacity)
-            self._compiled[key] = self.flat.program(index, bucket).lower(*shapes).compile()
-        return self._compiled[key]
+            lowered = self.flat.program(index, bucket).lower(*shapes)
+            text = hashlib.sha256(lowered.as_text().encode()).digest()
+            same = text, lowered.in_tree, lowered.out_tree
+            if same not in self._compiled:
+                self._compiled[same] = lowered.compile()
+            self._calls[key] = self._compiled[same]
+        return self._calls[key]
 
 
 def padded(inputs: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:

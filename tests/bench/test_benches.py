@@ -33,6 +33,21 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DYNCOMP_CACHE", str(tmp_path_factory.getbasetemp() / "bench-cache"))
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """What benches measure in processes of their own, without these: they take seconds each to start."""
+
+    def call(target, words, **options):
+        if options:  # an environment or a core of its own
+            return apart(target, words, **options)
+        module, _, function = target.partition(":")
+        return json.loads(json.dumps(getattr(importlib.import_module(module), function)(**words)))
+
+    apart = fresh.call
+    monkeypatch.setattr(fresh, "call", call)
+
+
+@pytest.mark.usefixtures("one_process", "unchecked")
 @pytest.mark.parametrize("name", QUICK)
 def test_quick_rows_keep_the_format(name, capsys):
     assert bench.main(name, ["--quick"], json=True) == 0

@@ -1,6 +1,7 @@
 """Exit maps on the command line: training them, leaving early by them, colouring what came out."""
 
 import json
+import math
 import re
 import sys
 
@@ -73,7 +74,8 @@ def test_several_prompts_say_what_each_says_alone(tiny_model, maps, capsys):
     assert main([*arguments, *(word for text in texts for word in ("--prompt", text))]) == 0
     together = said(capsys)
     assert together["generated"] == [one["generated"][0] for one in alone]
-    assert together["gflops_generated"] == sum(one["gflops_generated"] for one in alone)
+    spent = math.fsum(one["gflops_generated"] for one in alone)
+    assert together["gflops_generated"] == pytest.approx(spent, rel=1e-12)
     assert len({tuple(one["depths"]) for one in together["generated"]}) > 1
 
 

@@ -87,19 +87,19 @@ def test_more_steps_go_on_from_the_last_checkpoint(config, tmp_path):
 
 def test_sigterm_saves_and_the_same_command_goes_on(config, tmp_path):
     words = ("run", config, "--workdir", tmp_path, ONE, "--no-progress", "--preempt-code", "79")
-    words = (*words, "--gin.STEPS=400", "--gin.training.Run.save_every=20")
+    words = (*words, "--gin.STEPS=200", "--gin.training.Run.save_every=20")
     with subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True) as child:
         while not steps_in(tmp_path) and child.poll() is None:
             pass
         child.send_signal(signal.SIGTERM)
         said = child.communicate()[1].splitlines()
     assert child.returncode == 79, said
-    (saved,) = re.findall(r"after step (\d+) of 400, which is saved", said[-1])
+    (saved,) = re.findall(r"after step (\d+) of 200, which is saved", said[-1])
     assert "run the same command to go on" in said[-1] and steps_in(tmp_path)[-1] == int(saved)
     again = spawn(*words)
-    assert again.code == 0 and json.loads((tmp_path / "summary.json").read_text())["step"] == 400
+    assert again.code == 0 and json.loads((tmp_path / "summary.json").read_text())["step"] == 200
     steps = [r["step"] for r in read_records(tmp_path / "metrics.jsonl") if r["split"] == "train"]
-    assert steps == sorted({*range(2, 401, 2), *(s for s in steps if s == int(saved))})
+    assert steps == sorted({*range(2, 201, 2), *(s for s in steps if s == int(saved))})
 
 
 @pytest.mark.parametrize("code", ["0", "256", "-1"])

@@ -63,6 +63,23 @@ def test_the_text_is_the_targets_own(run, plain):
     assert alone[0].tokens == plain[0]
 
 
+def test_tokens_come_one_by_one_and_a_listener_ends_rows(run, plain, target):
+    generator, ticks = run[1], []
+    assert [one.tokens for one in generator.generate(target[2], NEW, listener=ticks.append)] == plain
+    streamed = list(generator.stream(target[2], NEW))
+    for given in (ticks, streamed):
+        texts = [[int(t.tokens[row]) for t in given if t.emitted[row]] for row in range(3)]
+        assert texts == plain
+
+    def after_three(_, seen=itertools.count(1)):
+        return np.arange(3) == 0 if next(seen) == 3 else None
+
+    first, *others = generator.generate(target[2], NEW, listener=after_three)
+    assert first.tokens == plain[0][:3] and first.reason == "stop"
+    assert [one.tokens for one in others] == plain[1:]
+    assert len(first.accepted) <= 3
+
+
 def test_rounds_add_up_and_windows_adapt(run):
     for one in [*run[2], *run[3]]:
         assert 1 + sum(one.accepted) + len(one.accepted) == NEW

@@ -84,6 +84,17 @@ def test_the_text_is_that_of_a_walk_without_caches(large, small, mixed):
     np.testing.assert_allclose(one.entropies, entropies, atol=1e-4)
 
 
+def test_tokens_come_with_who_wrote_them(pair, mixed):
+    threshold, one, _ = mixed
+    ticks = list(pair.stream([PROMPT], NEW, threshold=threshold))
+    assert [int(tick.tokens[0]) for tick in ticks] == one.tokens
+    assert [int(tick.model[0]) for tick in ticks] == one.models
+    stop = lambda tick: tick.model == 1 - one.models[0]  # noqa: E731
+    (short,) = pair.generate([PROMPT], NEW, threshold=threshold, listener=stop)
+    turn = one.models.index(1 - one.models[0])
+    assert short.reason == "stop" and short.tokens == one.tokens[: turn + 1]
+
+
 def test_each_model_reads_every_token_up_to_its_last_turn_once(mixed):
     _, one, ledgers = mixed
     who = np.asarray(one.models)

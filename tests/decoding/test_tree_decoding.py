@@ -70,6 +70,13 @@ def test_the_text_is_the_models_own_whatever_the_prompts_are(tiny, run, plain):
     assert generator._pass._cache_size() == 2
 
 
+def test_tokens_come_one_by_one_and_a_listener_ends_the_text(run, plain):
+    ticks = list(run[0].stream(PROMPTS, NEW))
+    assert [[int(t.tokens[row]) for t in ticks if t.emitted[row]] for row in range(3)] == plain
+    (one,) = run[0].generate(PROMPTS[:1], NEW, listener=lambda tick: np.ones(1, bool))
+    assert one.tokens == plain[0][:1] and one.reason == "stop" and not one.accepted
+
+
 def test_passes_accept_no_more_than_their_tree_is_deep(run):
     seen = [*run[1], *run[2]]
     for one in seen:

@@ -129,7 +129,8 @@ def test_deterministic_cost_is_the_mean_of_c_at_the_exits(variables):
 def test_thresholds_and_batch_sizes_do_not_recompile(variables):
     net = from_model(build(), variables, IMAGES.shape)
     host = HostExecutor(net, IMAGES, capacity=16, buckets=(1, 4, 16)).warm_up()
-    assert host.compilations == DEPTH * 3
+    programs = host.compilations
+    assert programs <= DEPTH * 3
     for tau, batch in ((0.0, 1), (0.5, 7), (0.8, 16), (1.1, 5)):
         host.thresholds[:-1] = tau
         result = host(IMAGES[:batch])
@@ -137,7 +138,7 @@ def test_thresholds_and_batch_sizes_do_not_recompile(variables):
         if tau > 1:
             assert (np.asarray(result.plan.exit) == DEPTH - 1).all()
             np.testing.assert_array_equal(result.needed, [batch] * DEPTH)
-    assert host.compilations == DEPTH * 3
+    assert host.compilations == programs
     with pytest.raises(DyncompError, match=r"1\.\.16"):
         host(IMAGES)
 

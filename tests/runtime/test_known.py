@@ -1,5 +1,6 @@
 """What is known when a network is built: decisions that fold, values that nobody wants, executors without gradients."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -189,6 +190,29 @@ def test_executors_that_the_host_drives_refuse_to_be_differentiated():
             jax.grad(lambda at, call=call: jnp.sum(call(at)))(at)
 
 
+def test_segments_that_do_the_same_are_one_program_and_constants_are_part_of_it():
+    net, own = chain(5)
+    x = np.random.default_rng(7).normal(size=(4, 64)).astype(np.float32)
+    host = HostExecutor(net, x, capacity=4, buckets=(2, 4)).warm_up()
+    assert host.compilations == 3 * 2  # the first, those between, the last
+
+    def closed(weights):
+        """Weights that the compiler sees as constants."""
+        run = net.segments[0].run
+        return Segment(lambda _, x, threshold: run(weights, x, threshold), None, Cost(1), "")
+
+    parts = [dataclasses.replace(closed(one), name=f"c{n}") for n, one in enumerate(own)]
+    fixed = Segmented(net.begin, None, parts, net.thresholds)
+    apart = HostExecutor(fixed, x, capacity=4, buckets=(2, 4)).warm_up()
+    assert apart.compilations == 5 * 2
+    wanted = MaskedExecutor(net)(x)
+    for run in (host, apart):
+        found = run(x)
+        np.testing.assert_array_equal(found.exits, wanted.exits)
+        np.testing.assert_allclose(found.outputs, wanted.outputs, rtol=1e-5, atol=1e-6)
+    assert len(set(wanted.exits.tolist())) > 1
+
+
 def test_speculation_runs_at_most_one_segment_in_vain_an_exit_and_an_empty_set_launches_nothing():
     net, _ = chain(4, 6)
     net.thresholds[:] = [np.inf, -np.inf, 0.0, 0.0]  # all leave at the second
@@ -196,7 +220,7 @@ def test_speculation_runs_at_most_one_segment_in_vain_an_exit_and_an_empty_set_l
         host = HostExecutor(net, INPUTS, capacity=2, speculate=ahead)
         ran = host(INPUTS[:1])
         assert ran.executed.tolist() == rows and ran.visits.tolist() == [[1, 1, 0, 0]]
-        assert host.compilations == sum(rows)
+        assert host.compilations == 2  # the first segment, and one program for all that follow
 
 
 def test_speculates_by_itself_once_nobody_leaves():

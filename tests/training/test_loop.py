@@ -156,8 +156,8 @@ def slow():
 def test_kill_9_at_random_steps(tmp_path):
     from dyncomp.bench.kills import interrupted_equals_whole
 
-    result = interrupted_equals_whole(tmp_path, kills=3, seed=0)
-    assert result.kills == 3 and result.equal, result
+    result = interrupted_equals_whole(tmp_path, kills=2, seed=0)
+    assert result.kills == 2 and result.equal, result
 
 
 @pytest.mark.parametrize("log_every", [1, 50])
