@@ -1,8 +1,9 @@
-"""Generated text coloured by the blocks that each token ran, while it comes."""
+"""Generated text coloured by what produced each token, while it comes."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,18 +12,14 @@ from dyncomp.decoding.text import Decodes, Transcript
 from dyncomp.report.coloured import Key, html_page, terminal_legend, terminal_text
 
 
-def depth_key(exits: Sequence[int], depth: int) -> Key:
-    """A shade for each exit, and one for all ``depth`` blocks."""
-    return Key("blocks run", (*(f"{n} blocks" for n in exits), f"all {depth} blocks"))
-
-
-class DepthTranscript(Transcript):
-    """A transcript that knows how many blocks each token ran.
+class ColouredTranscript(Transcript):
+    """A transcript that knows what produced each token.
 
     Args:
       tokenizer, stop: as `Transcript`.
       rows: sequences.
-      exits, depth: blocks after which a token may come, and of the model.
+      key: what the colours mean.
+      place: of a step and a row, the token's place in the key.
       paint: print the text in colours as it comes; one row only.
     """
 
@@ -31,12 +28,12 @@ class DepthTranscript(Transcript):
         tokenizer: Decodes,
         rows: int,
         stop: Sequence[str],
-        exits: Sequence[int],
-        depth: int,
+        key: Key,
+        place: Callable[[Any, int], int],
         paint: bool,
     ):
         super().__init__(tokenizer, rows, stop, self._paint if paint else None)
-        self.key, self._places = depth_key(exits, depth), [*exits, depth]
+        self.key, self.place = key, place
         self._values: list[list[int]] = [[] for _ in range(rows)]
         self._shown = 0
 
@@ -44,8 +41,12 @@ class DepthTranscript(Transcript):
         """Takes a step; see `Transcript`."""
         for row, values in enumerate(self._values):
             if tick.emitted[row]:
-                values.append(self._places.index(int(tick.depths[row])))
+                values.append(self.place(tick, row))
         return super().__call__(tick)
+
+    def labels(self, row: int) -> list[str]:
+        """What produced each token of a row."""
+        return [self.key.labels[value] for value in self._values[row]]
 
     def tokens(self, row: int) -> tuple[list[str], list[int]]:
         """(pieces of the row's text, their places in the key)."""
@@ -74,10 +75,9 @@ class DepthTranscript(Transcript):
         values = [value for row in range(len(self.streams)) for value in self.tokens(row)[1]]
         Console(stderr=True).print(terminal_legend(values, self.key), soft_wrap=True)
 
-    def write_html(self, path: str, prompt: str, notes: Sequence[str]) -> None:
+    def write_html(self, path: str, title: str, prompt: str, notes: Sequence[str]) -> None:
         """Writes the page of the first row."""
         pieces, values = self.tokens(0)
-        title = "Each token in the colour of the blocks it ran"
         page = html_page(title, [prompt, *pieces], [None, *values], self.key, notes)
         Path(path).write_text(page, encoding="utf-8")
 

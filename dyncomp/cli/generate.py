@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any
 
+from dyncomp.cli.generate_ways import Way, check, way
 from dyncomp.cli.output import command, json_flag, print_json
 from dyncomp.core.errors import DyncompError
 
@@ -44,109 +45,93 @@ def add(commands: Any) -> None:
         "--exits", metavar="FILE", help="leave early by exit maps of dyncomp train-exits"
     )
     parser.add_argument(
-        "--threshold", type=float, help="with --exits: confidence that leaves (default 0.9)"
+        "--draft",
+        metavar="WHAT",
+        help="guess by another model of the same tokens, skip:N (every N-th block) or first:N (the first N blocks); "
+        "the model checks several guesses at once, and greedy text stays its own",
     )
     parser.add_argument(
-        "--colour", action="store_true", help="with --exits: colour tokens by the blocks they ran"
+        "--small",
+        metavar="MODEL",
+        help="a smaller model of the same tokens writes while the entropy is low",
     )
-    parser.add_argument("--html", metavar="FILE", help="with --exits: the same as a page")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="with --exits: confidence that leaves (default 0.9); with --small: bits above which the model takes over "
+        "(default 2)",
+    )
+    parser.add_argument(
+        "--colour",
+        action="store_true",
+        help="colour tokens by the blocks they ran (--exits) or by who wrote them (--draft, --small)",
+    )
+    parser.add_argument("--html", metavar="FILE", help="the same as a page")
     json_flag(parser)
 
 
 def _main(args: argparse.Namespace) -> None:
     from dyncomp import pretrained
     from dyncomp.cli.generate_rows import generate_rows
-    from dyncomp.decoding import Generator, Sampler
+    from dyncomp.decoding import Sampler
 
     texts = _checked(args) or [sys.stdin.read()]
     sampler = Sampler(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
     )
     loaded = pretrained.load(args.model, dtype=args.dtype)
-    tokenizer, depth = loaded.tokenizer, loaded.model.depth
+    tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise DyncompError(
             f"{args.model} has no tokenizer; put its tokenizer.json beside the weights"
         )
     prompts = [tokenizer.encode(_framed(tokenizer, t, args.chat)) for t in texts]
-    policy, variables, controls = _policy(args, loaded)
-    generator = Generator(loaded.model, variables, policy, sampler, loaded.eos_ids)
-    del loaded, variables  # the generator has its own layout of the weights
-    transcript = _transcript(args, tokenizer, len(prompts), policy, depth)
+    chosen = way(args, loaded, sampler)
+    del loaded  # the generator has its own layout of the weights
+    transcript = _transcript(args, tokenizer, len(prompts), chosen)
+    options = {"alone": chosen.alone, "seed": args.seed, **chosen.options}
     begin = time.perf_counter()
-    alone = bool(args.exits)  # in a batch, rows would leave together and change each other's texts
-    found, flops = generate_rows(
-        generator, prompts, args.max_new, transcript, alone=alone, seed=args.seed, controls=controls
-    )
+    found, flops = generate_rows(chosen.generator, prompts, args.max_new, transcript, **options)
     seconds = time.perf_counter() - begin
     transcript.finish()
-    _report(args, texts, transcript, found, flops, seconds)
+    _report(args, texts, transcript, chosen, found, flops, seconds)
 
 
 def _checked(args: argparse.Namespace) -> list[str] | None:
     """The prompts, after a look for options that would do nothing."""
-    if not args.exits and (args.threshold is not None or args.colour or args.html):
-        raise DyncompError(
-            "--threshold, --colour and --html need --exits FILE: without exits all tokens run alike"
-        )
-    if args.exits and args.speedup != 1:
-        raise DyncompError("--exits and --speedup both choose the blocks; give one of them")
+    check(args)
     if args.colour and args.json:
-        raise DyncompError("--json has no colours; it gives the depths, so leave out --colour")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise DyncompError(f"--threshold {args.threshold}: give a probability, 0 to 1")
+        raise DyncompError(
+            "--json has no colours; it says what produced each token, so leave out --colour"
+        )
     if args.html and len(args.prompt or [""]) > 1:
         raise DyncompError("--html shows one text; give one --prompt")
     return args.prompt
 
 
-def _transcript(
-    args: argparse.Namespace, tokenizer: Any, rows: int, policy: Any, depth: int
-) -> Any:
-    from dyncomp.cli.coloured import DepthTranscript
+def _transcript(args: argparse.Namespace, tokenizer: Any, rows: int, chosen: Way) -> Any:
+    from dyncomp.cli.coloured import ColouredTranscript
     from dyncomp.decoding.text import Transcript
 
     live = not args.json and rows == 1
-    if args.colour or args.html:
-        paint = live and args.colour
-        made = DepthTranscript(tokenizer, rows, args.stop, policy.exits, depth, paint)
-        if live and not args.colour:
-            made.show = _show
-        return made
-    return Transcript(tokenizer, rows, args.stop, _show if live else None)
+    if chosen.key is None or chosen.place is None:
+        return Transcript(tokenizer, rows, args.stop, _show if live else None)
+    key, place, paint = chosen.key, chosen.place, live and args.colour
+    made = ColouredTranscript(tokenizer, rows, args.stop, key, place, paint)
+    if live and not args.colour:
+        made.show = _show
+    return made
 
 
 def _framed(tokenizer: Any, text: str, chat: bool) -> str:
     return tokenizer.chat([{"role": "user", "content": text}]) if chat else text
 
 
-def _policy(args: argparse.Namespace, loaded: Any) -> tuple[Any, Any, Any]:
-    """(policy, variables, controls)."""
-    import numpy as np
-
-    from dyncomp.decoding import ExitAndCatchUp, ExitMaps, FullDepth, KeepLayers, MappedHead
-    from dyncomp.depth import evenly
-
-    model, variables = loaded.model, loaded.variables
-    if args.exits:
-        maps = ExitMaps.load(args.exits)
-        maps.check(model)
-        controls = np.full(len(maps.exits), _threshold(args), np.float32)
-        return ExitAndCatchUp(maps.exits, MappedHead()), maps.variables(variables), controls
-    if args.speedup == 1:
-        return FullDepth(), variables, None
-    return KeepLayers(tuple(evenly(model.depth, args.speedup))), variables, None
-
-
-def _threshold(args: argparse.Namespace) -> float:
-    return 0.9 if args.threshold is None else args.threshold
-
-
 def _show(row: int, text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _report(args, prompts, transcript, found, flops, seconds) -> None:
+def _report(args, prompts, transcript, chosen, found, flops, seconds) -> None:
     tokens, texts = sum(len(one.tokens) for one in found), transcript.texts
     spent = {
         "tokens": tokens,
@@ -156,13 +141,14 @@ def _report(args, prompts, transcript, found, flops, seconds) -> None:
     }
     line = f"{tokens} tokens in {seconds:.1f} s (compilation included), {found[0].reason}"
     if args.html:
-        notes = [f"{args.model}, exits {args.exits}, threshold {_threshold(args)}.", f"{line}."]
-        transcript.write_html(args.html, prompts[0], notes)
+        notes = [f"{args.model}, {chosen.about}.", f"{line}."]
+        title = f"Each token by: {chosen.key.title}"
+        transcript.write_html(args.html, title, prompts[0], notes)
     if args.json:
-        rows = zip(prompts, texts, found, strict=True)
         said = [
-            {"prompt": p, "text": t, "reason": f.reason, "tokens": f.tokens, "depths": f.depths}
-            for p, t, f in rows
+            {"prompt": p, "text": t, "reason": f.reason, "tokens": f.tokens}
+            | ({"depths": f.depths} if hasattr(f, "depths") else {"by": transcript.labels(row)})
+            for row, (p, t, f) in enumerate(zip(prompts, texts, found, strict=True))
         ]
         print_json({"generated": said, **spent})
         return

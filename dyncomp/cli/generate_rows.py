@@ -28,20 +28,31 @@ def generate_rows(
     alone: bool,
     **options: Any,
 ) -> tuple[list[Any], Flops]:
-    """Runs a `decoding.Generator`; ``transcript`` hears of every row under its own number.
+    """Runs a driver of `decoding`; ``transcript`` hears of every row under its own number.
 
     Args:
       alone: one prompt after the other, as if each were the only one: for policies whose rows wait for one another.
-      options: of `Generator.generate`.
+      options: of its ``generate``.
     """
     rows, flops, found = len(prompts), Flops(), []
     runs = [slice(row, row + 1) for row in range(rows)] if alone else [slice(0, rows)]
     for run in runs:
         listener = _only(transcript, run, rows)
         found += generator.generate(prompts[run], max_new, listener=listener, **options)
-        flops.prompt += generator.prompt_ledger.total("needed") / 1e9
-        flops.generated += generator.ledger.total("needed") / 1e9
+        for stage, ledger in _ledgers(generator):
+            setattr(flops, stage, getattr(flops, stage) + ledger.total("needed") / 1e9)
     return found, flops
+
+
+def _ledgers(generator: Any) -> list[tuple[str, Any]]:
+    """(field of `Flops`, ledger) of all models that took part in the last call."""
+    parts = getattr(generator, "sessions", [generator])
+    found = [("prompt", part.prompt_ledger) for part in parts]
+    found += [("generated", part.ledger) for part in parts]
+    if hasattr(generator, "draft_ledger"):
+        drafts = generator.draft_prompt_ledger, generator.draft_ledger
+        found += zip(("prompt", "generated"), drafts, strict=True)
+    return found
 
 
 def _only(transcript: Any, run: slice, rows: int) -> Any:
@@ -53,8 +64,8 @@ def _only(transcript: Any, run: slice, rows: int) -> Any:
         return whole
 
     def listener(tick: Any) -> np.ndarray:
-        names = ("tokens", "emitted", "depths", "ended", "stopped")
-        own = {name: spread(getattr(tick, name)) for name in names}
+        told = {name: value for name, value in vars(tick).items() if value is not None}
+        own = {name: spread(value) for name, value in told.items() if name != "logits"}
         return transcript(dataclasses.replace(tick, **own))[run]
 
     return listener

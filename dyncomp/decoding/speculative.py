@@ -19,13 +19,12 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Array, Float, Int, Variables
 from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.drafting import Drafter, Request
-from dyncomp.decoding.generated import Tick
 from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.reading import Reading, begin, check_rows, newest, read, unread
 from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.decoding.session import Account, pad_right
 from dyncomp.decoding.speculation import accept_greedy, accept_sampled, next_window
-from dyncomp.decoding.written import Writer, Written, check_lengths, position_limit
+from dyncomp.decoding.written import Writer, Written, WrittenTick, check_lengths, position_limit
 from dyncomp.models import DecoderLM
 
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -118,7 +117,7 @@ class SpeculativeGenerator:
         prompts: Sequence[Sequence[int]],
         max_new: int,
         *,
-        listener: Callable[[Tick], Any] | None = None,
+        listener: Callable[[WrittenTick], Any] | None = None,
         seed: int = 0,
     ) -> list[Speculated]:
         """Writes at most ``max_new`` tokens after each prompt; ``listener`` as of `written.Writer.finish`.
@@ -131,7 +130,7 @@ class SpeculativeGenerator:
 
     def stream(
         self, prompts: Sequence[Sequence[int]], max_new: int, *, seed: int = 0
-    ) -> Iterator[Tick]:
+    ) -> Iterator[WrittenTick]:
         """Yields the tokens of each round, a step for each place in it.
 
         Raises:

@@ -17,12 +17,17 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Array, Float, Int, Variables
 from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.entropy import entropy_bits
-from dyncomp.decoding.generated import Tick
 from dyncomp.decoding.sampling import GREEDY, Sampler
 from dyncomp.decoding.session import WIDTHS, Session, width
 from dyncomp.decoding.switching import LARGE, EntropySwitch, SwitchState
 from dyncomp.decoding.trace import parameter_share
-from dyncomp.decoding.written import Writer, Written, check_lengths, check_vocabularies
+from dyncomp.decoding.written import (
+    Writer,
+    Written,
+    WrittenTick,
+    check_lengths,
+    check_vocabularies,
+)
 from dyncomp.models import DecoderLM
 
 BY_ENTROPY = EntropySwitch()
@@ -63,8 +68,8 @@ class Switched(Written):
 
 
 @dataclasses.dataclass(frozen=True)
-class SwitchedTick(Tick):
-    """A step, and who wrote it; ``depths`` is 0.
+class SwitchedTick(WrittenTick):
+    """A step, and who wrote it.
 
     Attributes:
       model: int32 [1], 0 the small and 1 the large model.

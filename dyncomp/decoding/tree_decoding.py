@@ -24,7 +24,6 @@ from dyncomp.core.ledger import Ledger
 from dyncomp.core.typing import Array, Bool, Float, Int, Variables
 from dyncomp.decoding.batch import bucket
 from dyncomp.decoding.branches import check_branches, read_branches
-from dyncomp.decoding.generated import Tick
 from dyncomp.decoding.net import Net, separate
 from dyncomp.decoding.reading import Reading, begin, each_cache, newest, read
 from dyncomp.decoding.sampling import GREEDY, Sampler
@@ -37,7 +36,7 @@ from dyncomp.decoding.tree_accept import (
 )
 from dyncomp.decoding.tree_states import TreeFamily
 from dyncomp.decoding.tree_tables import TreeTables, stack_tables, tree_tables
-from dyncomp.decoding.written import Writer, Written, check_lengths, position_limit
+from dyncomp.decoding.written import Writer, Written, WrittenTick, check_lengths, position_limit
 from dyncomp.models import DecoderLM
 
 
@@ -132,7 +131,7 @@ class TreeGenerator:
         prompts: Sequence[Sequence[int]],
         max_new: int,
         *,
-        listener: Callable[[Tick], Any] | None = None,
+        listener: Callable[[WrittenTick], Any] | None = None,
         seed: int = 0,
     ) -> list[TreeWritten]:
         """Writes at most ``max_new`` tokens after each prompt; ``listener`` as of `written.Writer.finish`.
@@ -145,7 +144,7 @@ class TreeGenerator:
 
     def stream(
         self, prompts: Sequence[Sequence[int]], max_new: int, *, seed: int = 0
-    ) -> Iterator[Tick]:
+    ) -> Iterator[WrittenTick]:
         """Yields the tokens of each pass, a step for each place in it.
 
         Raises:

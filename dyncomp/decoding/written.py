@@ -24,6 +24,17 @@ class Written:
     reason: Reason = "length"
 
 
+@dataclasses.dataclass(frozen=True)
+class WrittenTick(Tick):
+    """A step of rows that got several tokens in one round; ``depths`` is 0.
+
+    Attributes:
+      guessed: bool [b], the token was a guess that the model agreed with: another one of its round follows.
+    """
+
+    guessed: Any = None
+
+
 W = TypeVar("W", bound=Written)
 T = TypeVar("T", bound=Tick)
 
@@ -46,24 +57,21 @@ class Writer(Generic[W]):
         self.done = np.zeros(len(rows), bool)
         self.room = np.full(len(rows), max_new)
 
-    def ticks(self, rounds: Iterable[Sequence[Sequence[int]]]) -> Iterator[Tick]:
+    def ticks(self, rounds: Iterable[Sequence[Sequence[int]]]) -> Iterator[WrittenTick]:
         """The tokens of ``rounds``, of each row any number a round, as steps; the next round is asked for after them.
 
-        ``depths`` is 0. Rows that end between two steps, by a token or by `stop`, get no more tokens of their round.
+        Rows that end between two steps, by a token or by `stop`, get no more tokens of their round.
         """
         for fresh in rounds:
             for place in range(max(map(len, fresh))):
                 open_rows = [
-                    row
-                    for row, own in enumerate(fresh)
-                    if place < len(own) and not self.done[row]
+                    row for row, own in enumerate(fresh) if place < len(own) and not self.done[row]
                 ]
                 if open_rows:
-                    yield self._step({row: int(fresh[row][place]) for row in open_rows})
+                    guessed = np.array([place + 1 < len(own) for own in fresh])
+                    yield self._step({row: int(fresh[row][place]) for row in open_rows}, guessed)
 
-    def finish(
-        self, ticks: Iterable[T], listener: Callable[[T], Any] | None = None
-    ) -> list[W]:
+    def finish(self, ticks: Iterable[T], listener: Callable[[T], Any] | None = None) -> list[W]:
         """Takes all of ``ticks``; ``listener`` may return a bool [b] of rows that end, their last token included."""
         for tick in ticks:
             asked = listener(tick) if listener else None
@@ -76,7 +84,7 @@ class Writer(Generic[W]):
         for row in np.flatnonzero(np.asarray(asked) & ~self.done).tolist():
             self.rows[row].reason, self.done[row] = "stop", True
 
-    def _step(self, fresh: dict[int, int]) -> Tick:
+    def _step(self, fresh: dict[int, int], guessed: np.ndarray) -> WrittenTick:
         b = len(self.rows)
         tokens, emitted, ended = np.zeros(b, np.int32), np.zeros(b, bool), np.zeros(b, bool)
         for row, token in fresh.items():
@@ -89,7 +97,8 @@ class Writer(Generic[W]):
                 self.room[row] -= 1
                 self.done[row] = self.room[row] == 0
         none = np.zeros(b, bool)
-        return Tick(tokens, emitted, np.zeros(b, np.int32), ended, none)
+        depths = np.zeros(b, np.int32)
+        return WrittenTick(tokens, emitted, depths, ended, none, guessed=guessed & emitted)
 
 
 def check_lengths(model: DecoderLM, prompts: Sequence[Sequence[int]], max_new: int) -> None:

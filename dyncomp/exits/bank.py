@@ -9,7 +9,7 @@ from dyncomp.core.dtypes import DTypes
 from dyncomp.core.ledger import Cost
 from dyncomp.core.typing import Array, Float
 from dyncomp.exits.gates import ExitGates
-from dyncomp.exits.heads import ExitHeads
+from dyncomp.exits.heads import Exit, ExitHeads
 
 
 class ExitBank(nn.Module):
@@ -28,6 +28,7 @@ class ExitBank(nn.Module):
     shared: bool = False
     gated: bool = True
     dtypes: DTypes = DTypes()
+    stacked = True  # parameters of all exits lie in one array, and the exit may be told as an array
 
     def setup(self):  # noqa: D102
         self.heads = self._heads()
@@ -38,7 +39,7 @@ class ExitBank(nn.Module):
         return ExitHeads(self.exits, self.classes, self.hidden, self.shared, self.dtypes, **kwargs)
 
     def __call__(
-        self, features: Float[Array, "*y b d"], index: int | None = None
+        self, features: Float[Array, "*y b d"], index: Exit | None = None
     ) -> tuple[Array, Array]:
         """(logits [y b c], gate logits [y b]), float32 or more; without the leading axis when ``index`` is given.
 

@@ -4,13 +4,17 @@ import itertools
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from dyncomp.core.dtypes import DTypes
 from dyncomp.core.errors import DyncompError
 from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import param
-from dyncomp.core.typing import Array, Float
+from dyncomp.core.typing import Array, Float, Int
 from dyncomp_kernels._widths import sum_dtype
+
+Exit = int | Int[Array, ""]
+"""Which exit; as an array it is no part of the compiled program."""
 
 
 class ExitHeads(nn.Module):
@@ -38,12 +42,12 @@ class ExitHeads(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, features: Float[Array, "*y b d"], index: int | None = None) -> Array:
+    def __call__(self, features: Float[Array, "*y b d"], index: Exit | None = None) -> Array:
         """Logits, float32 or more.
 
         Args:
           features: normalised features, [y b d] for all exits, or [b d] for exit ``index``.
-          index: static; which exit runs alone (a segment of an executor needs one head only).
+          index: which exit runs alone (a segment of an executor needs one head only).
 
         Returns:
           [y b c], or [b c] when ``index`` is given.
@@ -54,7 +58,7 @@ class ExitHeads(nn.Module):
         logits = self._linear("logits", x, self.classes, index)
         return logits if index is None else logits[0]
 
-    def _linear(self, name: str, x: Array, width: int, index: int | None) -> Array:
+    def _linear(self, name: str, x: Array, width: int, index: Exit | None) -> Array:
         """A batch of products [y b i] x [y i o] with float32 result or more; exit ``index`` alone if given."""
         heads = 1 if self.shared else self.exits
         lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 2, batch_axis=(0,))
@@ -65,7 +69,7 @@ class ExitHeads(nn.Module):
         if self.shared:
             kernel, bias = (jnp.broadcast_to(w, (x.shape[0], *w.shape[1:])) for w in (kernel, bias))
         elif index is not None:
-            kernel, bias = kernel[index : index + 1], bias[index : index + 1]
+            kernel, bias = (lax.dynamic_slice_in_dim(w, index, 1) for w in (kernel, bias))
         wide = sum_dtype(x.dtype)
         y = jnp.einsum("ybi,yio->ybo", x, kernel.astype(x.dtype), preferred_element_type=wide)
         return y + bias.astype(wide)[:, None]

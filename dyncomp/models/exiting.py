@@ -163,7 +163,8 @@ class ExitingClassifier(nn.Module):
             b = logits.shape[0]
             said = self._surest(carry, logits)["surest"][1] if "surest" in carry else logits
             return carry, said, jnp.ones((b,), bool), jnp.full((b,), jnp.nan, jnp.float32)
-        logits, gate = self.bank(self.net.pooled(x), index)
+        place = self.get_variable("controls", "exit", index)
+        logits, gate = self.bank(self.net.pooled(x), place)
         state, leave, score = self.rule.step(carry["state"], logits, gate, threshold)
         after = self._surest(carry, logits) if "surest" in carry else {}
         carry = {**carry, self._slot(index + 1): x, "state": state, **after}
@@ -186,6 +187,14 @@ class ExitingClassifier(nn.Module):
         if own := getattr(self._bank(parent=None), "weights_of", None):
             bank = own(bank, index)
         return {**params, "net": kept, "bank": bank}
+
+    def controls_of(self, controls: Any, index: int | None) -> dict[str, Array]:
+        """Which exit segment ``index`` has, as an array: equal blocks are then one program.
+
+        Nothing for the last, which has none, and for banks that are not ``stacked``: they are told a number.
+        """
+        stacked = getattr(self._bank(parent=None), "stacked", False)
+        return {"exit": jnp.int32(index)} if stacked and index in range(self.depth - 1) else {}
 
     def cost(self, inputs_shape: tuple[int, ...]) -> dict[str, Cost]:
         """Price of each segment for one example: ``segment_i`` is block i with its exit (the first also embeds)."""

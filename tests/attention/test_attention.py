@@ -26,7 +26,7 @@ def layer(strict_rules):
     """A causal GQA layer with biases, its parameters and an input."""
     module = Attention(heads=H, kv_heads=G, head_dim=P, rope_theta=100.0, bias=True)
     x = jax.random.normal(jax.random.key(0), (B, T, D))
-    params = nn.unbox(module.init(jax.random.key(1), x))
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(1), x))
     noise = iter(jax.random.split(jax.random.key(2), 20))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(noise), p.shape), params)
     return module, params, x
@@ -123,7 +123,7 @@ def test_one_position_returns_its_value():
     """Softmax over one key is 1, so the output is the projected value."""
     module = Attention(heads=2, rope_theta=None)
     x = jax.random.normal(jax.random.key(0), (1, 1, 4))
-    params = nn.unbox(module.init(jax.random.key(1), x))
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(1), x))
     w = params["params"]
     expected = jnp.einsum("btd,dhp,hpo->bto", x, w["v"], w["out"])
     np.testing.assert_allclose(module.apply(params, x)[0], expected, rtol=1e-5, atol=1e-6)
@@ -187,7 +187,7 @@ def test_large_batches_do_not_overflow():
     def events(x):
         return module.apply(params, x)[1].events
 
-    params = nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, 2, d))))
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, d))))
     shapes = jax.eval_shape(events, jax.ShapeDtypeStruct((b, t, d), jnp.float32))
     assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(shapes))
     needed = t * (t + 1) // 2

@@ -18,7 +18,7 @@ B, T, D = 2, 7, 8
 def layer():
     module = Attention(heads=4, kv_heads=2, rope_theta=50.0)
     x = jax.random.normal(jax.random.key(0), (B, T, D))
-    return module, nn.unbox(module.init(jax.random.key(1), x)), x
+    return module, nn.unbox(jax.jit(module.init)(jax.random.key(1), x)), x
 
 
 @pytest.mark.parametrize("prefill", [1, 4, 7])
@@ -108,7 +108,7 @@ def test_a_bfloat16_cache_of_few_slots():
     """CPUs have no product of bfloat16 matrices for every layout."""
     module = Attention(heads=4, kv_heads=2, dtypes=DTypes(param="bfloat16", compute="bfloat16"))
     x = jax.random.normal(jax.random.key(0), (2, 6, 16), jnp.bfloat16)
-    variables = module.init(jax.random.key(1), x)
+    variables = jax.jit(module.init)(jax.random.key(1), x)
     call = jax.jit(lambda x, cache: module.apply(variables, x, cache=cache))
     _, aux = call(x[:, :5], module.init_cache(16, 2, 8))
     y, _ = call(x[:, 5:], aux.cache)

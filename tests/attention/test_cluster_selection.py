@@ -29,7 +29,7 @@ def layer(**options):
     make = functools.partial(ClusterSelection, **{**ALL, **options})
     module = Attention(heads=H, kv_heads=G, rope_theta=50.0, cache=make)
     x = 2 * jax.random.normal(jax.random.key(0), (B, T, D))
-    return module, nn.unbox(module.init(jax.random.key(1), x)), x
+    return module, nn.unbox(jax.jit(module.init)(jax.random.key(1), x)), x
 
 
 def read(module, params, x, prompt, mask=None, length=T):
@@ -302,7 +302,7 @@ def stack(depth, layers, **options):
     block = functools.partial(Block, mixer=mixer, ffn=functools.partial(SwiGLU, hidden=8))
     model = DecoderLM(vocab_size=11, d_model=D, groups=[Group([block], depth)], layers=layers)
     tokens = jax.random.randint(jax.random.key(0), (B, 20), 0, 11)
-    return model, nn.unbox(model.init(jax.random.key(1), tokens)), tokens
+    return model, nn.unbox(jax.jit(model.init)(jax.random.key(1), tokens)), tokens
 
 
 def decoded(model, variables, tokens, prompt=17):

@@ -36,7 +36,7 @@ def test_the_layer_counts_what_the_kernel_computes(monkeypatch):
     """On the seam: the same values and needs as the plain form; executed are the pairs below the diagonal."""
     layer = Attention(heads=2)
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
-    variables = layer.init(jax.random.key(1), x)
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
     plain, aux = layer.apply(variables, x)
     stand_in = lambda q, k, v, causal: attend(q, k, v, jnp.tril(jnp.ones((1, 6, 6), bool)))
     monkeypatch.setattr(module, "fused_serves", lambda *_: True)

@@ -145,7 +145,7 @@ def test_no_recompilation_and_no_table():
 def layer():
     make = functools.partial(Attention, heads=H, kv_heads=G)
     x = jax.random.normal(jax.random.key(5), (B, T, 16))
-    params = nn.unbox(make().init(jax.random.key(1), x))
+    params = nn.unbox(jax.jit(make().init)(jax.random.key(1), x))
     return make, params, x
 
 
@@ -153,8 +153,8 @@ def layer():
 def test_a_mixer_that_keeps_everything_is_dense(layer, name):
     make, params, x = layer
     pattern = functools.partial(type(EVERYTHING[name]), **vars(EVERYTHING[name]))
-    dense, _ = make().apply(params, x)
-    y, aux = make(pattern=pattern).apply(params, x)
+    dense, _ = jax.jit(make().apply)(params, x)
+    y, aux = jax.jit(make(pattern=pattern).apply)(params, x)
     np.testing.assert_allclose(y, dense, atol=3e-6)
     ledger = Ledger(make().cost(16, T)).record(aux.events)
     assert ledger.events("needed", under="pair") > 0
@@ -229,13 +229,13 @@ SPARSE = {
 def test_a_padded_row_equals_itself_alone(layer, name):
     """Sinks, columns, blocks and probing queries are those of the tokens, whatever slots they lie in."""
     make, params, x = layer
-    module = make(pattern=lambda: SPARSE[name])
-    alone, _ = module.apply(params, x[:, :40])
+    run = jax.jit(make(pattern=lambda: SPARSE[name]).apply)
+    alone, _ = run(params, x[:, :40])
     for before in (35, 0, 11):  # slots of padding in front of 40 tokens, and the rest behind
         real = (jnp.arange(T) >= before) & (jnp.arange(T) < before + 40)
         rows = jnp.where(real[None, :, None], jnp.roll(x, before, axis=1), 3.0)
         positions = jnp.maximum(jnp.arange(T) - before, 0)[None]
-        y, _ = module.apply(params, rows, positions, jnp.broadcast_to(real, (B, T)))
+        y, _ = run(params, rows, positions, jnp.broadcast_to(real, (B, T)))
         np.testing.assert_allclose(y[:, before : before + 40], alone, atol=1e-6)
 
 
@@ -244,7 +244,7 @@ def test_rows_that_stand_at_different_places_equal_themselves_alone(layer, name)
     """Two passes into a cache, the first with another number of tokens in each row."""
     make, params, x = layer
     module = make(pattern=lambda: SPARSE[name])
-    run = lambda rows, at, mask, cache: module.apply(params, rows, at, mask, cache)
+    run = jax.jit(lambda rows, at, mask, cache: module.apply(params, rows, at, mask, cache))
     first = jnp.arange(24)[None] >= jnp.asarray([[9], [0]])
     at = jnp.maximum(jnp.arange(24)[None] - jnp.asarray([[9], [0]]), 0)
     _, aux = run(x[:, :24], at, first, module.init_cache(16, B, 90))

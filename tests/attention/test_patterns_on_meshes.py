@@ -38,7 +38,7 @@ def test_four_devices_do_as_one(name, mesh):
     """Values, gradients and counted pairs."""
     layer = Attention(heads=4, kv_heads=2, pattern=PATTERNS[name], pattern_from=8)
     x = jax.random.normal(jax.random.key(0), (4, 40, 16))
-    variables = jax.tree.map(lambda w: 2.0 * w, layer.init(jax.random.key(1), x[:1]))
+    variables = jax.tree.map(lambda w: 2.0 * w, jax.jit(layer.init)(jax.random.key(1), x[:1]))
     if name == "assigned":
         variables |= {"controls": {"pattern": {"heads": jnp.asarray([0, 1, 1, 0])}}}
 
@@ -61,7 +61,7 @@ def test_four_devices_do_as_one(name, mesh):
 def test_clusters_on_four_devices(membership):
     layer = RoutedAttention(heads=4, clusters=3, members=8, membership=membership)
     x = jax.random.normal(jax.random.key(0), (4, 40, 16))
-    variables = layer.init(jax.random.key(1), x[:1])
+    variables = jax.jit(layer.init)(jax.random.key(1), x[:1])
 
     def loss(params):
         y, aux = layer.apply({**variables, "params": params}, x)

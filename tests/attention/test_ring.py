@@ -85,7 +85,7 @@ def layer(**words):
 def inputs():
     x = jax.random.normal(jax.random.key(0), (B, T, 16))
     mask = jnp.asarray([[1] * T, [1] * 6 + [0] * 2])
-    variables = nn.meta.unbox(layer().init(jax.random.key(1), x))
+    variables = nn.meta.unbox(jax.jit(layer().init)(jax.random.key(1), x))
     return x, mask, variables
 
 

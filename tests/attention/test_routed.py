@@ -31,7 +31,7 @@ def layer(**changes):
     module = RoutedAttention(**options)
     x = jax.random.normal(jax.random.key(0), (B, T, D))
     keys = {"params": jax.random.key(1), "router": jax.random.key(2)}
-    return module, nn.unbox(module.init(keys, x)), x
+    return module, nn.unbox(jax.jit(module.init)(keys, x)), x
 
 
 ASSIGNERS = {
@@ -55,7 +55,7 @@ def test_centroids_are_smoothed_moving_averages(steps):
     module = KMeans(heads=H, clusters=C, decay=0.9)
     place, real = jnp.arange(T), jnp.arange(T)[None] < jnp.asarray([T, 9])[:, None]
     draw = lambda i: standardised(jax.random.normal(jax.random.key(i), (B, H, T, P)))
-    state = module.init(jax.random.key(7), draw(0), place)
+    state = jax.jit(module.init)(jax.random.key(7), draw(0), place)
     sums, counts = (np.float64(state["controls"][name]) for name in ("sums", "counts"))
     mu = sums.copy()
     for i in range(steps):
@@ -86,7 +86,7 @@ def test_centroids_are_smoothed_moving_averages(steps):
 def test_balance_lowers_full_clusters():
     module = KMeans(heads=1, clusters=3, balance=0.25)
     x, place = standardised(jax.random.normal(jax.random.key(0), (1, 1, 9, P))), jnp.arange(9)
-    state = module.init(jax.random.key(1), x, place)
+    state = jax.jit(module.init)(jax.random.key(1), x, place)
     scores, _ = module.apply(state, x, place)
     load = np.bincount(np.asarray(scores[0, 0].argmax(-1)), minlength=3)
     _, after = module.apply(state, x, place, None, True, mutable=["controls"])
@@ -102,7 +102,7 @@ def test_no_gradient_reaches_centroids(membership):
         y, aux = module.apply({"params": params, "controls": controls}, x)
         return jnp.sum(y * y) + aux.losses["commitment"]
 
-    found = jax.grad(loss, (0, 1))(variables["controls"], variables["params"])
+    found = jax.jit(jax.grad(loss, (0, 1)))(variables["controls"], variables["params"])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(found[0]))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(found[1]))
 
@@ -202,7 +202,7 @@ def test_mixed_heads_are_one_layer():
     half = functools.partial(Attention, heads=2, head_dim=P)
     mixed = MixedHeads({"one": half, "two": half})
     x = jax.random.normal(jax.random.key(0), (B, T, D))
-    params = nn.unbox(whole.init(jax.random.key(1), x))["params"]
+    params = nn.unbox(jax.jit(whole.init)(jax.random.key(1), x))["params"]
     cut = lambda i: {
         name: leaf[i : i + 2] if name == "out" else leaf[:, i : i + 2]
         for name, leaf in params.items()
@@ -244,7 +244,7 @@ def language_model(layers="scan", remat="none", near=None):
 def test_a_whole_model_trains_and_decodes():
     """Centroids move once a step, alike under scan, separate layers and recomputation; decoding is the whole pass."""
     tokens = jax.random.randint(jax.random.key(0), (B, T), 0, 17)
-    variables = nn.unbox(language_model().init(jax.random.key(1), tokens))
+    variables = nn.unbox(jax.jit(language_model().init)(jax.random.key(1), tokens))
 
     def moved(model):
         def loss(params):
@@ -283,6 +283,6 @@ def test_local_heads_execute_their_window_only():
         "window": {"window": 8},
     }.items():
         module = Attention(heads=1, **options)
-        _, aux = module.apply(module.init(jax.random.key(1), x), x)
+        _, aux = module.apply(jax.jit(module.init)(jax.random.key(1), x), x)
         pairs[name] = int(aux.events["pairs"].executed)
     assert pairs == {"pattern": 15 * 64, "window": 64 * 64}

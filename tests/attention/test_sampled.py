@@ -215,7 +215,7 @@ def test_dropped_weights_keep_the_mean():
 def layer():
     make = functools.partial(Attention, heads=H, kv_heads=G, rope_theta=100.0)
     x = jax.random.normal(jax.random.key(5), (B, T, 16))
-    return make, nn.unbox(make().init(jax.random.key(1), x)), x
+    return make, nn.unbox(jax.jit(make().init)(jax.random.key(1), x)), x
 
 
 def test_when_a_mixer_samples(layer):

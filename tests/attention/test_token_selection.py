@@ -82,7 +82,7 @@ def test_permuting_candidates_permutes_the_votes(queries):
 def layer(**words):
     x = jax.random.normal(jax.random.key(2), (1, 26, D))
     module = Attention(heads=H, kv_heads=G, cache=functools.partial(TokenSelection, **words))
-    variables = module.init(jax.random.key(3), x)
+    variables = jax.jit(module.init)(jax.random.key(3), x)
     return module, jax.tree.map(lambda w: 2.0 * w, variables), x
 
 

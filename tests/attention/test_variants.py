@@ -16,7 +16,7 @@ B, T, D = 2, 9, 12
 def make(**fields):
     module = Attention(heads=4, kv_heads=2, head_dim=4, rope_theta=50.0, **fields)
     x = jax.random.normal(jax.random.key(0), (B, T, D))
-    return module, nn.unbox(module.init(jax.random.key(1), x)), x
+    return module, nn.unbox(jax.jit(module.init)(jax.random.key(1), x)), x
 
 
 def pairs(aux):

@@ -18,7 +18,7 @@ DEPTH = [0, 1, 1, 2, 2]
 def layer():
     module = Attention(heads=4, kv_heads=2, rope_theta=50.0)
     x = jax.random.normal(jax.random.key(0), (2, EARLIER + len(PARENT), D))
-    return module, nn.unbox(module.init(jax.random.key(1), x)), x
+    return module, nn.unbox(jax.jit(module.init)(jax.random.key(1), x)), x
 
 
 def path_of(slot):

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dyncomp.cli.coloured import DepthTranscript
+from dyncomp.cli.coloured import ColouredTranscript
 from dyncomp.cli.main import main
 from dyncomp.decoding import ExitMaps
 from dyncomp.decoding.generated import Tick
+from dyncomp.report.coloured import Key
 
 THRESHOLD = "0.03"
 """The tiny model's tokens then leave at every exit now and then (a test checks)."""
@@ -88,7 +89,10 @@ class Bytes:
 
 def written(text, depths):
     """A row that is painted as it comes, the model having 4 blocks and exits after 1 and 3."""
-    made = DepthTranscript(Bytes(), 1, ["END"], [1, 3], 4, True)
+    places = [1, 3, 4]
+    key = Key("blocks run", ("1 block", "3 blocks", "all 4 blocks"))
+    place = lambda tick, row: places.index(tick.depths[row])
+    made = ColouredTranscript(Bytes(), 1, ["END"], key, place, True)
     one = lambda value: np.array([value])
     for byte, depth in zip(text.encode(), depths, strict=True):
         made(Tick(one(byte), one(True), one(depth), one(False), one(False)))

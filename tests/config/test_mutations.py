@@ -55,7 +55,11 @@ def test_a_tree_that_only_changed_its_comments_is_accepted(tree, tmp_path, monke
     for path in folder.rglob("*.gin"):
         path.write_text(f"# A comment.\n{path.read_text()}\n# Another.\n")
     monkeypatch.setattr(source, "shipped", lambda: folder)
-    some = ("jei_dnn", "tutel", "minference_paper")  # others take long, and what they include is shared
+    some = (
+        "jei_dnn",
+        "tutel",
+        "minference_paper",
+    )  # others take long, and what they include is shared
     assert {slug: config.check(folder / f"{slug}.gin") for slug in some} == dict.fromkeys(some, [])
 
 

@@ -1,5 +1,7 @@
 """Decoding under a stop and exit controller (arXiv 2401.09964)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,14 +69,17 @@ def test_the_second_token_by_hand(stopping, lm):
     ours, full, prompts = stopping
     model, weights = ours.model, ours.variables["exits"]
     own = unstack(nn.meta.unbox(lm[1]))
-    apply = lambda *args, method: model.apply(own, *args, method=method)
+    run = jax.jit(functools.partial(model.apply, own), static_argnames="method")
+    block = jax.jit(
+        lambda index, x: model.apply(own, index, x, method="run_block"), static_argnums=0
+    )
     depths = set()
     for prompt in prompts:
         for leave, stop in ((0.0, 0.0), (0.0, 1.0), (0.45, 1.0)):
             tokens = [*prompt, full.generate([prompt], 1)[0].tokens[0]]
-            x, want = apply(jnp.asarray([tokens]), method="embed"), None
+            x, want = run(jnp.asarray([tokens]), method="embed"), None
             for index in range(6):
-                x, _ = apply(index, x, method="run_block")
+                x, _ = block(index, x)
                 if index + 1 not in (*EXITS, 6) or want is not None:
                     continue
                 said = decision(
@@ -84,7 +89,7 @@ def test_the_second_token_by_hand(stopping, lm):
                     want = index + 1, None
                 elif said == 1 and index < 5:
                     want = index + 1, x[0, -1] @ weights["heads"][EXITS.index(index + 1)]
-            want = want or (6, apply(x, method="classify")[0, -1])
+            want = want or (6, run(x, method="classify")[0, -1])
             (one,) = ours.generate([prompt], 2, controls=taus(leave, stop))
             if want[1] is None:
                 assert one.reason == "policy" and len(one.tokens) == 1

@@ -1,5 +1,7 @@
 """Exits against whole forward passes on what each block was given."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from dyncomp import models
 from dyncomp.core.errors import DyncompError
 from dyncomp.decoding import Confident, ExitAndCatchUp, ExitEarly, Generator, OwnHeads
 
-NEW, EXITS = 9, (1, 3, 4)
+NEW, EXITS, LONGEST = 9, (1, 3, 4), 16
 THRESHOLDS = jnp.asarray([0.11, 0.12, 0.12])
 """The tiny model then leaves at every exit now and then (a test checks)."""
 
@@ -19,7 +21,12 @@ def net(lm):
     model, variables, _ = lm
     plain = model.clone(layers="unroll")
     own = models.unstack(jax.tree.map(jnp.asarray, variables))
-    return lambda *args, method: plain.apply(own, *args, method=method)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(method, index, x):
+        return plain.apply(own, *([] if index is None else [index]), x, method=method)
+
+    return lambda *args, method: run(method, args[0] if len(args) > 1 else None, args[-1])
 
 
 def generator_of(lm, fill):
@@ -58,10 +65,14 @@ def test_rows_of_a_batch_leave_as_they_do_alone(lm, run):
         np.testing.assert_allclose(alone.logits, one.logits, atol=1e-5)
 
 
-def attended(net, keyed, x, index):
-    """Block ``index`` on the last row of ``x`` [t d], whose keys and values come from the rows ``keyed`` [t d]."""
-    rows = jnp.concatenate([keyed[:-1], x[-1:]])[None]
-    return net(index, rows, method="run_block")[0][0, -1]
+def padded(rows):
+    """As long as any sequence here; nothing before sees what comes behind."""
+    return np.pad(rows, [(0, LONGEST - len(rows)), *[(0, 0)] * (np.ndim(rows) - 1)])[None]
+
+
+def attended(net, rows, index):
+    """Block ``index`` on the last of ``rows`` [t d]."""
+    return np.asarray(net(index, padded(rows), method="run_block")[0])[0, len(rows) - 1]
 
 
 def test_propagated_states_are_what_later_tokens_attend_to(lm, net):
@@ -69,18 +80,18 @@ def test_propagated_states_are_what_later_tokens_attend_to(lm, net):
     generator, prompt = generator_of(lm, "propagate"), lm[2][1]
     (one,) = generator.generate([prompt], NEW, controls=THRESHOLDS)
     states = [[] for _ in range(6)]  # what each block was given, token by token
-    x = net(jnp.asarray([prompt]), method="embed")
+    x = net(padded(prompt), method="embed")
     for index in range(6):
-        states[index] = list(x[0])
+        states[index] = list(np.asarray(x)[0, : len(prompt)])
         x, _ = net(index, x, method="run_block")
     for step, token in enumerate(one.tokens[:-1]):
-        x = net(jnp.asarray([[token]]), method="embed")[0, 0]
+        x = np.asarray(net(np.asarray([[token]]), method="embed"))[0, 0]
         depth, logits = 6, None
         for index in range(6):
             states[index].append(x)
             if index < depth:
-                x = attended(net, jnp.stack(states[index]), jnp.stack(states[index]), index)
-            said = net(x[None, None], method="classify")[0, 0]
+                x = attended(net, np.stack(states[index]), index)
+            said = np.asarray(net(x[None, None], method="classify"))[0, 0]
             if index + 1 in EXITS and depth == 6:
                 sure = jnp.max(jax.nn.softmax(said)) >= THRESHOLDS[EXITS.index(index + 1)]
                 depth, logits = (index + 1, said) if sure else (6, None)
@@ -136,10 +147,10 @@ def exact(lm):
 
 def said_at(net, tokens, depth):
     """Logits of the last of ``tokens`` after ``depth`` blocks of the whole sequence."""
-    x = net(jnp.asarray([tokens]), method="embed")
+    x = net(padded(tokens), method="embed")
     for index in range(depth):
         x, _ = net(index, x, method="run_block")
-    return net(x, method="classify")[0, -1]
+    return np.asarray(net(x, method="classify"))[0, len(tokens) - 1]
 
 
 @pytest.mark.parametrize("window", [2, 5])

@@ -18,7 +18,7 @@ from dyncomp.decoding import (
     fused_text_logits,
 )
 
-NEW = 8
+NEW, LONGEST = 8, 16
 GRID = jnp.asarray(alpha_grid())
 
 
@@ -59,34 +59,37 @@ def run(big, base, experts):
 
 @pytest.fixture(scope="module")
 def forward(big, base, experts):
-    """Logits [3 + 1 t v] of all models on a whole text."""
+    """Logits [3 + 1 t v] of all models on a whole text, and what stands behind it."""
     pairs = [big[:2], base, *experts.values()]
     nets = [jax.jit(functools.partial(models.apply, *pair)) for pair in pairs]
-    return lambda text: [net(jnp.asarray([text]))[0][0] for net in nets]
+    return lambda text: [net(np.pad(text, (0, LONGEST - len(text)))[None])[0][0] for net in nets]
+
+
+on_text = jax.jit(fused_text_logits)
 
 
 def test_every_step_is_the_choice_on_whole_forward_passes(big, run, forward):
     _, found, ticks, _ = run
     for row, (prompt, one) in enumerate(zip(big[2], found, strict=True)):
         large, base, *experts = forward(prompt + one.tokens)
-        fused, plan = fused_text_logits(large[None], base[None], jnp.stack(experts)[:, None], GRID)
-        span = slice(len(prompt) - 1, -1)
+        own = large[None], base[None], jnp.stack(experts)[:, None]
+        fused, plan = on_text(*own, GRID)
+        fused, experts, alphas = map(np.asarray, (fused, plan.expert, plan.alpha))
+        span = slice(len(prompt) - 1, len(prompt) + NEW - 1)
         np.testing.assert_allclose(one.logits, fused[0, span], atol=1e-4)
         assert one.tokens == fused[0, span].argmax(-1).tolist()
-        assert [int(t.expert[row]) for t in ticks] == plan.expert[0, span].tolist()
-        np.testing.assert_allclose([t.alpha[row] for t in ticks], plan.alpha[0, span], atol=1e-6)
+        assert [int(t.expert[row]) for t in ticks] == experts[0, span].tolist()
+        np.testing.assert_allclose([t.alpha[row] for t in ticks], alphas[0, span], atol=1e-6)
 
 
 def test_positions_of_a_text_choose_for_themselves(forward):
     large, base, *experts = forward([1, 2, 3, 4])
-    _, plan = fused_text_logits(large[None], base[None], jnp.stack(experts)[:, None], GRID)
+    large, base, both = map(np.asarray, (large, base, experts))
+    _, plan = on_text(large[None], base[None], both[:, None], GRID)
+    choose = jax.jit(choose_fusion)
     for place in range(4):
-        one = choose_fusion(
-            large[place : place + 1],
-            base[place : place + 1],
-            jnp.stack(experts)[:, place : place + 1],
-            GRID,
-        )
+        here = slice(place, place + 1)
+        one = choose(large[here], base[here], both[:, here], GRID)
         assert int(one.expert[0]) == int(plan.expert[0, place])
         assert float(one.alpha[0]) == float(plan.alpha[0, place])
 
@@ -123,7 +126,7 @@ def test_a_fixed_weight_is_a_grid_of_one_value(big, base, experts, forward):
     generator = FusedGenerator(big[:2], base, {"code": experts["code"]}, [1.5], keep_logits=True)
     (one,) = generator.generate(big[2][:1], NEW)
     large, small, code, _ = forward(big[2][0] + one.tokens)
-    np.testing.assert_allclose(one.logits, (large + 1.5 * (code - small))[2:-1], atol=1e-4)
+    np.testing.assert_allclose(one.logits, (large + 1.5 * (code - small))[2 : 2 + NEW], atol=1e-4)
 
 
 def test_all_models_read_every_token(big, run):

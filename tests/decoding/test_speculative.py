@@ -65,7 +65,9 @@ def test_the_text_is_the_targets_own(run, plain):
 
 def test_tokens_come_one_by_one_and_a_listener_ends_rows(run, plain, target):
     generator, ticks = run[1], []
-    assert [one.tokens for one in generator.generate(target[2], NEW, listener=ticks.append)] == plain
+    assert [
+        one.tokens for one in generator.generate(target[2], NEW, listener=ticks.append)
+    ] == plain
     streamed = list(generator.stream(target[2], NEW))
     for given in (ticks, streamed):
         texts = [[int(t.tokens[row]) for t in given if t.emitted[row]] for row in range(3)]

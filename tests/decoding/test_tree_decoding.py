@@ -100,24 +100,47 @@ def test_the_ledger_counts_what_trees_hold(run):
     assert ledger.events("executed", under="embed") == passes * max(slots)
 
 
-def test_every_path_of_a_tree_sees_what_it_would_see_alone(tiny, net, random_prompts):
+@pytest.fixture(scope="module")
+def whole(net):
+    """``run(tokens, vectors)``: last states [n d] of a pass over tokens, the last of which are given as vectors."""
+    longest = 12
+
+    @jax.jit
+    def states(tokens, vectors):
+        places = jnp.arange(longest)[None]
+        y = net.embed(tokens, places, vectors)
+        for index in range(2):
+            y, *_ = net.block(index, y, places, None, None)
+        return y
+
+    def run(tokens, vectors):
+        before, n = len(tokens) - len(vectors), len(tokens)
+        own = np.pad(vectors, ((before, longest - n), (0, 0)))[None].astype(np.float32)
+        behind = np.pad(tokens, (0, longest - n))[None].astype(np.int32)  # which nothing sees
+        return np.asarray(states(behind, own))[0, :n]
+
+    return run
+
+
+def test_every_path_of_a_tree_sees_what_it_would_see_alone(net, whole, random_prompts):
     """Nodes, and prompts behind nodes, against sequences that hold nothing else."""
     tables = tree_tables(FAMILY.trees[-1], FAMILY.prompts[-1], K)
     rng, text = np.random.default_rng(0), [1, 2, 3, 4]
     tokens = np.where(tables.prompt >= 0, -1, rng.integers(0, 7, len(tables.real)))
     vectors = random_prompts[np.maximum(tables.prompt, 0)][None]
-    reading = begin(net.model, 1, 64)
-    _, reading, _ = read(net, reading, jnp.asarray([text]), jnp.asarray([4]))
-    given = (jnp.asarray(part)[None] for part in (tables.depth, tables.mask, tables.real))
-    x, *_ = read_branches(net, reading, jnp.asarray(tokens, jnp.int32)[None], *given, vectors)
+
+    @jax.jit
+    def branches(tokens, *given):
+        reading = begin(net.model, 1, 64)
+        _, reading, _ = read(net, reading, jnp.asarray([text]), jnp.asarray([4]))
+        return read_branches(net, reading, tokens, *given)[0]
+
+    given = (part[None] for part in (tables.depth, tables.mask, tables.real))
+    x = np.asarray(branches(np.int32(tokens)[None], *given, vectors))
     for slot in range(len(tokens)):
         path = np.flatnonzero(tables.mask[slot])
-        alone = np.concatenate([text, tokens[path]])[None].astype(np.int32)
-        own = jnp.concatenate([jnp.zeros((1, 4, vectors.shape[2])), vectors[:, path]], axis=1)
-        y = net.embed(jnp.asarray(alone), jnp.arange(alone.shape[1])[None], own)
-        for index in range(2):
-            y, *_ = net.block(index, y, jnp.arange(alone.shape[1])[None], None, None)
-        np.testing.assert_allclose(x[0, slot], y[0, -1], atol=1e-4)
+        y = whole(np.concatenate([text, tokens[path]]), np.asarray(vectors)[0, path])
+        np.testing.assert_allclose(x[0, slot], y[3 + len(path)], atol=1e-4)
 
 
 def test_typical_acceptance_writes_with_a_temperature(tiny, random_prompts, run):
@@ -142,17 +165,18 @@ def text(net):
     return read_text(net, jnp.asarray(TEXTS), 9)
 
 
-def test_chains_say_what_they_would_after_the_bare_prefix(net, text, random_prompts):
-    found = chain_logits(net, text[1], random_prompts, jnp.asarray(CUTS), 6)
+@pytest.fixture(scope="module")
+def chains(net, text):
+    """Logits of the chains of given prompts."""
+    return jax.jit(lambda prompts: chain_logits(net, text[1], prompts, jnp.asarray(CUTS), 6))
+
+
+def test_chains_say_what_they_would_after_the_bare_prefix(net, whole, chains, random_prompts):
+    found, classify = np.asarray(chains(random_prompts)), jax.jit(net.classify)
     for row, place in itertools.product(range(2), range(3)):
         cut = CUTS[row, place] + 1
-        tokens = np.concatenate([TEXTS[row, :cut], [-1] * K])[None].astype(np.int32)
-        vectors = jnp.concatenate([jnp.zeros((cut, 32)), random_prompts])[None]
-        places = jnp.arange(cut + K)[None]
-        y = net.embed(jnp.asarray(tokens), places, vectors)
-        for index in range(2):
-            y, *_ = net.block(index, y, places, None, None)
-        np.testing.assert_allclose(found[row, place], net.classify(y)[0, cut:], atol=1e-4)
+        y = whole(np.concatenate([TEXTS[row, :cut], [-1] * K]), random_prompts)
+        np.testing.assert_allclose(found[row, place], classify(y[None, cut:])[0], atol=1e-4)
 
 
 def test_labels_are_the_models_own_greedy_text(tiny, net, text):
@@ -177,36 +201,42 @@ def test_the_loss_by_hand():
     assert not np.any(jax.grad(guessing_loss, 1)(*args))
 
 
-def test_gradients_reach_prompts_through_later_ones_only(net, text, random_prompts):
+def test_gradients_reach_prompts_through_later_ones_only(chains, random_prompts):
     """Term i depends on prompts 0..i; real tokens and weights get none."""
-    cuts, teacher = jnp.asarray(CUTS), jnp.zeros((2, 3, K, 7))
+    teacher = jnp.zeros((2, 3, K, 7))
 
-    def term(prompts, i):
-        guesses = chain_logits(net, text[1], prompts, cuts, 6)
+    def term(guesses, i):
         return guessing_loss(guesses[:, :, i : i + 1], teacher[:, :, i : i + 1])
 
-    jacobian = jax.jacrev(lambda prompts: jnp.stack([term(prompts, i) for i in range(K)]))
+    @jax.jit
+    @jax.jacrev
+    def jacobian(prompts):
+        guesses = chains(prompts)
+        return jnp.stack([term(guesses, i) for i in range(K)])
+
     norms = np.linalg.norm(jacobian(random_prompts), axis=-1)  # [term prompt]
     assert np.all(norms[np.triu_indices(K, 1)] == 0)
     assert np.all(norms[np.tril_indices(K)] > 1e-6)
 
 
-def test_training_makes_guesses_better(net, text, random_prompts):
-    cuts = jnp.asarray(CUTS)
-    teacher, right = greedy_labels(net, text[1], text[0], cuts, K)
-    loss = lambda prompts: guessing_loss(chain_logits(net, text[1], prompts, cuts, 6), teacher)
-    step, optimizer = jax.jit(jax.value_and_grad(loss)), optax.adam(0.05)
-    prompts, state = random_prompts, optimizer.init(random_prompts)
-    first = float(loss(prompts))
-    for _ in range(60):
-        _, gradient = step(prompts)
+def test_training_makes_guesses_better(net, text, chains, random_prompts):
+    teacher, right = greedy_labels(net, text[1], text[0], jnp.asarray(CUTS), K)
+    loss, optimizer = lambda prompts: guessing_loss(chains(prompts), teacher), optax.adam(0.05)
+
+    @jax.jit
+    def step(prompts, state):
+        value, gradient = jax.value_and_grad(loss)(prompts)
         update, state = optimizer.update(gradient, state)
-        prompts = optax.apply_updates(prompts, update)
-    assert float(loss(prompts)) < 0.6 * first
+        return optax.apply_updates(prompts, update), state, value
+
+    prompts, state, values = random_prompts, optimizer.init(random_prompts), []
+    for _ in range(61):
+        prompts, state, value = step(prompts, state)
+        values.append(float(value))
+    assert values[-1] < 0.6 * values[0]
     flat = lambda x: np.asarray(x).reshape(6, *x.shape[2:])
     before, after = (
-        guess_accuracy(flat(chain_logits(net, text[1], p, cuts, 6)), flat(right), 4)
-        for p in (random_prompts, prompts)
+        guess_accuracy(flat(chains(p)), flat(right), 4) for p in (random_prompts, prompts)
     )
     assert after[:, 0].mean() > before[:, 0].mean() and np.all(after.sum(axis=1) <= 1)
 

@@ -102,7 +102,7 @@ def test_gradients(problem):
 def test_probes():
     tokens, times = jnp.asarray(draw(4, X, B, 5, 6)), jnp.asarray(draw(5, B, 6))
     probes = CertaintyProbes(exits=X, outputs=4)
-    params = nn.meta.unbox(probes.init(jax.random.key(0), tokens, times))["params"]
+    params = nn.meta.unbox(jax.jit(probes.init)(jax.random.key(0), tokens, times))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == X * 4 * (6 + 1)
     params = jax.tree.map(lambda p: p + 0.1, params)
     found = np.asarray(probes.apply({"params": params}, tokens, times))
@@ -114,7 +114,7 @@ def test_probes():
     assert np.all(np.asarray(jax.grad(total)(tokens)) == 0)
     assert probes.cost(6).flops == 2 * 6 * 4
     beside = CertaintyProbes(exits=X, outputs=4, time="concatenated")
-    params = nn.meta.unbox(beside.init(jax.random.key(0), tokens, times))["params"]
+    params = nn.meta.unbox(jax.jit(beside.init)(jax.random.key(0), tokens, times))["params"]
     assert params["kernel"].shape == (X, 12, 4) and beside.cost(6).flops == 2 * 12 * 4
     early, late = (np.asarray(beside.apply({"params": params}, tokens, t)) for t in (times, -times))
     gap = 2 * np.asarray(times) @ np.asarray(params["kernel"])[0, 6:]

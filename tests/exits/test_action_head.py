@@ -16,7 +16,7 @@ FEATURES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.floa
 @pytest.fixture(scope="module")
 def params():
     zeros = jnp.zeros((2, HEAD.state_size))
-    return nn.meta.unbox(HEAD.init(jax.random.key(0), FEATURES, zeros))["params"]
+    return nn.meta.unbox(jax.jit(HEAD.init)(jax.random.key(0), FEATURES, zeros))["params"]
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,9 @@ def problem():
         "targets": jnp.asarray(np.random.default_rng(4).integers(0, C, B), jnp.int32),
         "mask": jnp.ones((B,)).at[-5:].set(0.0),
     }
-    params = nn.meta.unbox(ExitBank(exits=Y, classes=C).init(jax.random.key(0), features))["params"]
+    params = nn.meta.unbox(jax.jit(ExitBank(exits=Y, classes=C).init)(jax.random.key(0), features))[
+        "params"
+    ]
     return params, features, final, batch, jnp.linspace(0.2, 1.0, Y + 1)
 
 
@@ -359,7 +361,7 @@ def test_one_head_alone_equals_the_bank(problem):
 def test_bank_with_a_hidden_layer_and_no_gates():
     bank = ExitBank(exits=2, classes=3, hidden=4, gated=False)
     features = jnp.ones((2, 5, D))
-    variables = bank.init(jax.random.key(1), features)
+    variables = jax.jit(bank.init)(jax.random.key(1), features)
     logits, gates = bank.apply(variables, features)
     assert logits.shape == (2, 5, 3) and np.all(np.asarray(gates) == 0)
     assert set(bank.cost(D)) == {"heads"}

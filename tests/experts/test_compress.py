@@ -83,7 +83,7 @@ def test_merging_identical_experts_with_gates_added_is_exact(renormalize):
     bank = stacked([a, b, shuffle(a), shuffle(b)])  # the same functions, neurons in other orders
     router = functools.partial(TopK, k=3, renormalize=renormalize)
     old = MoE(router=router, num_experts=E, hidden=F)
-    start = nn.unbox(old.init(jax.random.key(0), X))["params"]
+    start = nn.unbox(jax.jit(old.init)(jax.random.key(0), X))["params"]
     start["router"]["kernel"] *= 30
     before, _ = old.apply({"params": {**start, **bank}}, X)
 

@@ -92,7 +92,7 @@ def test_an_upcycled_mixture_is_the_dense_network_with_renormalised_gates():
     ):
         router = functools.partial(TopK, k=k, renormalize=renormalize)
         moe = MoE(router=router, num_experts=4, hidden=F)
-        start = nn.unbox(moe.init(jax.random.key(0), x))["params"]
+        start = nn.unbox(jax.jit(moe.init)(jax.random.key(0), x))["params"]
         y, _ = moe.apply({"params": {**start, **copies}}, x)
         assert np.allclose(y, dense, atol=1e-5) is same
     noisy = upcycled(one, 4, noise=0.1)

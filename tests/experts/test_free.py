@@ -23,7 +23,7 @@ PAPER = functools.partial(TopK, k=2, renormalize=False)
 def forced(router, chosen, **options):
     """A mixture whose first input is 1 and whose router reads only it: ``chosen`` experts get logits 3 and 2."""
     moe = MoE(router=router, num_experts=E, hidden=F, free=KINDS, **options)
-    variables = nn.unbox(moe.init(jax.random.key(0), X))
+    variables = nn.unbox(jax.jit(moe.init)(jax.random.key(0), X))
     kernel = np.zeros((D, E + 3), np.float32)
     kernel[0, chosen[0]], kernel[0, chosen[1]] = 3.0, 2.0
     variables["params"]["router"]["kernel"] = jnp.asarray(kernel)
@@ -61,11 +61,11 @@ def test_constant_without_mixing_weights_is_the_mean_of_input_and_vector():
     free = FreeExperts(KINDS, first=0)
     rows = X.reshape(-1, D)
     plan = TopK(num_experts=3, k=1)
-    variables = nn.unbox(plan.init(jax.random.key(0), rows))
+    variables = nn.unbox(jax.jit(plan.init)(jax.random.key(0), rows))
     variables["params"]["kernel"] = jnp.zeros((D, 3)).at[0, 0].set(50.0)
     rows = rows.at[:, 0].set(1.0)
     route, _ = plan.apply(variables, rows)
-    own = nn.unbox(free.init(jax.random.key(1), rows, route))
+    own = nn.unbox(jax.jit(free.init)(jax.random.key(1), rows, route))
     own["params"]["mix_0"] = jnp.zeros((D, 2))
     y = free.apply(own, rows, route)
     expected = (np.asarray(rows) + np.asarray(own["params"]["value_0"])) / 2
@@ -75,7 +75,7 @@ def test_constant_without_mixing_weights_is_the_mean_of_input_and_vector():
 def test_without_free_experts_and_residual_it_is_top_2():
     moe = MoE(router=functools.partial(TopK, k=2, residual=True), num_experts=E, hidden=F)
     plain = MoE(router=functools.partial(TopK, k=2), num_experts=E, hidden=F)
-    variables = nn.unbox(moe.init(jax.random.key(0), X))
+    variables = nn.unbox(jax.jit(moe.init)(jax.random.key(0), X))
     variables["params"]["router"]["residual"]["kernel"] = jnp.zeros((E, E))
     below = {"router_logits": jnp.ones((B, T, E))}
     y, aux = moe.apply(variables, X, below=below)
@@ -87,7 +87,7 @@ def test_without_free_experts_and_residual_it_is_top_2():
 def test_what_is_handed_up_is_the_whole_logits_before_rescaling():
     router = functools.partial(TopK, k=2, residual=True, logit_std=1.0)
     moe = MoE(router=router, num_experts=E, hidden=F)
-    variables = nn.unbox(moe.init(jax.random.key(0), X))
+    variables = nn.unbox(jax.jit(moe.init)(jax.random.key(0), X))
     below = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, E)), jnp.float32)
     _, aux = moe.apply(variables, X, below={"router_logits": below})
     params = variables["params"]["router"]
@@ -104,8 +104,8 @@ def test_what_is_handed_up_is_the_whole_logits_before_rescaling():
 def test_the_gates_above_reach_the_router_below_only_through_the_residual():
     router = functools.partial(TopK, k=2, residual=True)
     moe = MoE(router=router, num_experts=E, hidden=F)
-    first = nn.unbox(moe.init(jax.random.key(0), X))
-    second = nn.unbox(moe.init(jax.random.key(1), X))
+    first = nn.unbox(jax.jit(moe.init)(jax.random.key(0), X))
+    second = nn.unbox(jax.jit(moe.init)(jax.random.key(1), X))
 
     def loss(kernel, residual):
         params = {**first["params"], "router": {**first["params"]["router"], "kernel": kernel}}
@@ -125,7 +125,7 @@ def test_every_dispatch_agrees_and_counts_only_networks(dispatch):
     options = {"capacity_factor": 50.0} if dispatch == "capacity" else {}
     moe = MoE(router=RELEASED, num_experts=E, hidden=F, free=KINDS, dispatch=dispatch, **options)
     reference = MoE(router=RELEASED, num_experts=E, hidden=F, free=KINDS, dispatch="mask")
-    variables = nn.unbox(reference.init(jax.random.key(0), X))
+    variables = nn.unbox(jax.jit(reference.init)(jax.random.key(0), X))
     variables["params"]["router"]["kernel"] *= 50
     y, aux = moe.apply(variables, X, capture=("plan",))
     np.testing.assert_allclose(y, reference.apply(variables, X)[0], atol=1e-5)

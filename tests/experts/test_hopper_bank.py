@@ -24,7 +24,7 @@ PAIRS = [(SwiGLUBank, HopperSwiGLUBank, 3), (MLPBank, HopperMLPBank, 2)]
 
 @pytest.mark.parametrize("portable, hopper, products", PAIRS)
 def test_same_layer_and_kernels_for_cuda(portable, hopper, products):
-    variables = layer(portable).init(jax.random.key(0), X)
+    variables = jax.jit(layer(portable).init)(jax.random.key(0), X)
     y = layer(hopper).apply(variables, X)[0]
     plain = np.asarray(layer(portable).apply(variables, X)[0], np.float32)
     np.testing.assert_allclose(np.asarray(y, np.float32), plain, atol=2e-2)  # bfloat16

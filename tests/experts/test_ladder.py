@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 
 def made(router, widths=WIDTHS, **options):
     ladder = Ladder(router=router, widths=widths, **options)
-    return ladder, nn.unbox(ladder.init({"params": KEY, "router": KEY}, X))
+    return ladder, nn.unbox(jax.jit(ladder.init)({"params": KEY, "router": KEY}, X))
 
 
 def module(variables, width):
@@ -71,15 +71,15 @@ def test_annealed_explores_then_mixes_then_decides():
     h = np.asarray(X.reshape(-1, D) @ variables["params"]["router"]["kernel"], np.float64)
     outputs = np.stack([module(variables, w).reshape(-1, D) for w in WIDTHS], axis=1)
     controls = variables["controls"]
+
+    @jax.jit
+    def trained(controls, step):
+        given, rngs = {**variables, "controls": controls}, {"router": jax.random.key(step)}
+        options = {"train": True, "capture": ("plan",), "mutable": ["controls"]}
+        return ladder.apply(given, X, rngs=rngs, **options)
+
     for step in range(8):
-        (y, aux), moved = ladder.apply(
-            {**variables, "controls": controls},
-            X,
-            train=True,
-            rngs={"router": jax.random.key(step)},
-            capture=("plan",),
-            mutable=["controls"],
-        )
+        (y, aux), moved = trained(controls, step)
         weights = np.asarray(aux.plans["route"].weights)
         if step < 2:
             assert (np.sort(weights, axis=1) == [0, 0, 1]).all()

@@ -16,7 +16,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
 
 def make(p=0.4, **options):
     moe = MoE(router=functools.partial(TopP, p=p), num_experts=E, hidden=F, **options)
-    variables = jax.tree.map(lambda a: a, moe.init(jax.random.key(0), X))
+    variables = jax.tree.map(lambda a: a, jax.jit(moe.init)(jax.random.key(0), X))
     variables = nn.unbox(variables)
     variables["params"]["router"]["kernel"] *= 60
     return moe, variables
@@ -91,7 +91,7 @@ def test_events_of_padding_and_cost_keys():
 
 def test_one_expert_with_gate_one_is_dense():
     moe = MoE(router=functools.partial(TopK, k=1), num_experts=1, hidden=F)
-    variables = nn.unbox(moe.init(jax.random.key(0), X))
+    variables = nn.unbox(jax.jit(moe.init)(jax.random.key(0), X))
     params = {k: variables["params"][k][0] for k in ("gate", "up", "down")}
     dense, _ = SwiGLU(hidden=F).apply({"params": params}, X)
     np.testing.assert_allclose(moe.apply(variables, X)[0], dense, atol=1e-6)

@@ -42,7 +42,7 @@ MASK = jnp.asarray(np.arange(20).reshape(2, 10) % 10 < 7, jnp.float32)
 def made(router, dispatch_="dropless", **options):
     moe = MoE(router=router, num_experts=E, hidden=F, dispatch=dispatch_, **options)
     key = {"params": jax.random.key(0), "router": jax.random.key(1)}
-    variables = nn.unbox(moe.init(key, X))
+    variables = nn.unbox(jax.jit(moe.init)(key, X))
     params = dict(variables["params"])
     if "router" in params and "kernel" in params["router"]:
         params["router"] = {**params["router"], "kernel": params["router"]["kernel"] * 40}
@@ -60,7 +60,8 @@ def test_every_router_takes_every_dispatch(name):
             y, aux = moe.apply({**variables, "params": params}, X, MASK)
             return jnp.sum(jnp.sin(y)), (y, aux)
 
-        (_, (y, aux)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (_, (y, aux)), grads = both(variables["params"])
         assert (np.asarray(y)[np.asarray(MASK) == 0] == 0).all()
         assert set(aux.events) == set(moe.cost(D))
         results[dispatch_] = (y, grads, int(aux.events["experts"]["rows"].needed))
@@ -71,6 +72,13 @@ def test_every_router_takes_every_dispatch(name):
             jax.tree.leaves(grads), jax.tree.leaves(results["mask"][1]), strict=True
         ):
             np.testing.assert_allclose(ours, reference, rtol=2e-3, atol=2e-4)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def two_ways(scores, x, k):
+    """(plan, what dropless dispatch gives, what the mask gives)."""
+    plan = choose.top_k(scores, k, renormalize=k > 1)
+    return plan, dispatch.dropless(plan, x, BANK, E)[0], dispatch.mask(plan, x, BANK, E)[0]
 
 
 @settings(max_examples=12, deadline=None)
@@ -84,12 +92,13 @@ def test_dropless_equals_the_mask_on_ties_and_extremes(n, k, scale, seed):
     rng = np.random.default_rng(seed)
     logits = jnp.asarray(scale * rng.integers(-2, 3, (n, E)), jnp.float32)  # integers: many ties
     x = jnp.asarray(rng.normal(size=(n, D)), jnp.float32)
-    plan = choose.top_k(jax.nn.softmax(logits, axis=-1), k, renormalize=k > 1)
+    scores = np.asarray(
+        jax.nn.softmax(logits, axis=-1)
+    )  # once: fused twice, equal ones may round apart
+    plan, y, reference = two_ways(scores, x, k)
     assert np.isfinite(np.asarray(plan.weights)).all()
-    best = np.argsort(-np.asarray(jax.nn.softmax(logits, axis=-1)), axis=1, kind="stable")[:, :k]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     assert (np.asarray(plan.experts) == best).all()  # ties go to the lower index
-    y, _ = dispatch.dropless(plan, x, BANK, E)
-    reference, _ = dispatch.mask(plan, x, BANK, E)
     np.testing.assert_allclose(y, reference, atol=1e-4)
 
 

@@ -127,7 +127,7 @@ def test_one_expert_is_the_plain_network():
     moe = MoE(functools.partial(TopK, k=1, renormalize=False), 1, 7, bank=MLPBank,
               dispatch="capacity", capacity_factor=1.0)  # fmt: skip
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, D)), jnp.float32)
-    variables = nn.unbox(moe.init(jax.random.key(0), x))
+    variables = nn.unbox(jax.jit(moe.init)(jax.random.key(0), x))
     params = {name: variables["params"][name][0] for name in MLPBank.axes}
     dense, _ = MLP(hidden=7).apply({"params": params}, x)
     np.testing.assert_allclose(moe.apply(variables, x)[0], dense, atol=1e-6)
@@ -150,9 +150,10 @@ def test_ample_adaptive_and_dropless_are_the_dense_mask(priority):
 
     runs = [lambda p, x, b, c=c: dispatch.capacity(p, x, b, E, c, priority) for c in (most, N)]
     runs.append(lambda p, x, b: dispatch.dropless(p, x, b, E))
-    grad = lambda run: jax.grad(functools.partial(value, run=run), (0, 1, 2), has_aux=True)(
-        x, plan.weights, bank_of()
+    differentiated = lambda run: jax.grad(
+        functools.partial(value, run=run), (0, 1, 2), has_aux=True
     )
+    grad = lambda run: jax.jit(differentiated(run))(x, plan.weights, bank_of())
     grads, (y, _) = grad(lambda p, x, b: dispatch.mask(p, x, b, E))
     for run in (*runs, einsum):
         theirs, (got, dropped) = grad(run)
@@ -231,7 +232,7 @@ def test_balance_loss_of_first_choices():
 def test_cosine_scores_do_not_depend_on_length():
     router = TopK(num_experts=E, k=1, scorer="cosine")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)), jnp.float32)
-    variables = nn.unbox(router.init(jax.random.key(0), x))
+    variables = nn.unbox(jax.jit(router.init)(jax.random.key(0), x))
     assert not np.asarray(variables["params"]["bias"]).any()
     plans = [router.apply(variables, c * x)[0] for c in (1.0, 7.5, 0.02)]
     for plan in plans[1:]:

@@ -32,7 +32,7 @@ def language_model(router, layers="scan", dense_between=False, **options):
 def test_scan_and_unrolled_hand_up_the_same(dense_between):
     router = functools.partial(routers.TopK, k=2, residual=True)
     scanned = language_model(router, dense_between=dense_between)
-    variables = nn.unbox(scanned.init(jax.random.key(0), TOKENS))
+    variables = nn.unbox(jax.jit(scanned.init)(jax.random.key(0), TOKENS))
     unrolled = language_model(router, "unroll", dense_between)
     ours, aux = models.apply(scanned, variables, TOKENS)
     np.testing.assert_allclose(ours, models.apply(unrolled, variables, TOKENS)[0], atol=1e-5)
@@ -46,7 +46,7 @@ def test_scan_and_unrolled_hand_up_the_same(dense_between):
 def test_the_first_layer_gets_zeros():
     router = functools.partial(routers.TopK, k=2, residual=True)
     net = language_model(router, free=("copy", "zero"))
-    variables = nn.unbox(net.init(jax.random.key(0), TOKENS))
+    variables = nn.unbox(jax.jit(net.init)(jax.random.key(0), TOKENS))
     before, _ = models.apply(net, variables, TOKENS)
     kernel = variables["params"]["group_0"]["layers"]["block_0"]["ffn"]["router"]["residual"]
     kernel["kernel"] = kernel["kernel"].at[0].multiply(1e3)
@@ -55,7 +55,7 @@ def test_the_first_layer_gets_zeros():
 
 def test_hash_routers_see_the_tokens():
     net = language_model(functools.partial(routers.Hash, k=1))
-    variables = nn.unbox(net.init(jax.random.key(0), TOKENS))
+    variables = nn.unbox(jax.jit(net.init)(jax.random.key(0), TOKENS))
     _, aux = models.apply(net, variables, TOKENS, capture=("plan",))
     experts_of = np.asarray(aux.plans["group_0"]["block_0"]["ffn"]["route"].experts)[..., 0]
     flat = np.asarray(TOKENS).ravel()

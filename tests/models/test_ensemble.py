@@ -23,7 +23,7 @@ def make(sampler=functools.partial(ShuffledWindows, reduction=4, sigma=2.0), **o
 
 @pytest.fixture(scope="module")
 def variables():
-    found = nn.unbox(make().init(jax.random.key(0), TOKENS))
+    found = nn.unbox(jax.jit(make().init)(jax.random.key(0), TOKENS))
     keys = iter(jax.random.split(jax.random.key(1), 99))
     return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), found)
 

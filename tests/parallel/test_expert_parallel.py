@@ -201,7 +201,7 @@ def test_free_experts_stay_where_they_are():
         router=functools.partial(TopK, k=2), num_experts=4, hidden=F, free=("copy", "constant")
     )
     x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3, D)), jnp.float32)
-    variables = nn.unbox(moe.init(jax.random.key(0), x))
+    variables = nn.unbox(jax.jit(moe.init)(jax.random.key(0), x))
     y, aux = jit(moe.apply)(variables, x)
     with use(SHARED.build()):
         program = jit(moe.apply).lower(variables, x).compile()

@@ -52,7 +52,7 @@ def test_a_plan_is_replayed_with_gates_of_its_own():
     """Told experts 3 and (unused) for the first row, 1 and 0 for the second."""
     router = mesh_runs.Replayed(num_experts=4, p=0.4, max_p=0.4, rows=2)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
-    variables = nn.unbox(router.init(jax.random.key(0), x))
+    variables = nn.unbox(jax.jit(router.init)(jax.random.key(0), x))
     free, _ = router.apply(variables, x)
     told = jnp.asarray([[3, -1], [1, 0]], jnp.int32)
     controls = {**variables["controls"], "told": told, "replay": jnp.int32(1)}

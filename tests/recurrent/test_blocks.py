@@ -37,7 +37,7 @@ def block(**options):
 def made():
     """(variables, (variables, x, mask) -> (output, aux), the same in training, traces of the first)."""
     net = block(anneal_from=100.0, anneal_steps=2)
-    variables = nn.meta.unbox(net.init(jax.random.key(0), X))
+    variables = nn.meta.unbox(jax.jit(net.init)(jax.random.key(0), X))
     traces = []
 
     @jax.jit
@@ -121,7 +121,7 @@ def test_dense_costs_agree_with_xla():
     """XLA counts a product's multiply-adds as we do."""
     field = MLPField(64)
     t, z = jnp.zeros(8), jnp.zeros((8, 32))
-    variables = field.init(jax.random.key(0), t, z)
+    variables = jax.jit(field.init)(jax.random.key(0), t, z)
     counted = jax.jit(field.apply).lower(variables, t, z).compile().cost_analysis()["flops"]
     assert abs(counted / (8 * field.cost((32,)).flops) - 1) < 0.03
 
@@ -152,7 +152,7 @@ class Linear(nn.Module):
 
 def test_the_block_solves_its_equation():
     net = ODEBlock(Linear, tolerance=1e-5, end=0.5)
-    variables = net.init(jax.random.key(0), X)
+    variables = jax.jit(net.init)(jax.random.key(0), X)
     y, _ = jax.jit(net.apply)(variables, X)
     matrix = np.asarray(variables["params"]["field"]["matrix"], np.float64)
     np.testing.assert_allclose(y, X @ expm(0.5 * matrix), atol=3e-5)
@@ -166,7 +166,7 @@ def test_an_equilibrium_block_starts_warm_and_counts():
     x = np.float32(np.random.default_rng(2).normal(size=(6, 4, 4, 1)))
     core = functools.partial(EquilibriumBlock, functools.partial(TanhCell, 8), FixedPoint())
     net = classifier(core, functools.partial(DenseStem, 8))
-    variables = nn.meta.unbox(net.init(jax.random.key(0), x))
+    variables = nn.meta.unbox(jax.jit(net.init)(jax.random.key(0), x))
     run = jax.jit(lambda v, x, start: net.apply(v, x, start=start, capture=("plan",)))
     _, cold = run(variables, x, jnp.zeros((6, 8)))
     block, inner = EquilibriumBlock(functools.partial(TanhCell, 8)), variables["params"]

@@ -134,7 +134,7 @@ def test_the_spectral_norm():
 def test_the_cell_contracts(norm):
     x = np.float32(rng.normal(size=(2, 3)))
     cell = TanhCell(8, bound=0.7, norm=norm, power_steps=40)
-    variables = cell.init(jax.random.key(0), x)
+    variables = jax.jit(cell.init)(jax.random.key(0), x)
     weights = jax.tree.map(lambda w: 5 * w, variables)
     prepared = cell.apply(weights, x)
     assert np.linalg.norm(prepared["weight"], 2) < 0.7 * 1.02
@@ -149,7 +149,7 @@ def test_the_cell_contracts(norm):
 def test_training_moves_the_vector_of_the_power_iteration():
     x = np.float32(rng.normal(size=(2, 3)))
     cell = TanhCell(8, norm="power")
-    variables = cell.init(jax.random.key(0), x)
+    variables = jax.jit(cell.init)(jax.random.key(0), x)
     variables = {**variables, "params": jax.tree.map(lambda w: w + 0.3, variables["params"])}
     _, moved = cell.apply(variables, x, train=True, mutable=["controls"])
     before, after = variables["controls"]["right"], moved["controls"]["right"]

@@ -118,7 +118,7 @@ def test_at_one_slice_with_the_factor_both_bounds_choose_alike():
 
 def make(**options):
     router = DistilledRouter(num_experts=E, **options)
-    return router, nn.unbox(router.init(jax.random.key(1), X))
+    return router, nn.unbox(jax.jit(router.init)(jax.random.key(1), X))
 
 
 def test_plan_is_the_highest_scores_of_the_linear_map_and_k_recompiles_nothing(counting_jit):

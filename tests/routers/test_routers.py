@@ -19,7 +19,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)), jnp.float32)
 
 
 def make(router):
-    variables = router.init(jax.random.key(0), X)
+    variables = jax.jit(router.init)(jax.random.key(0), X)
     return jax.tree.map(lambda a: a * 50 if a.ndim == 2 else a, variables)
 
 
@@ -44,7 +44,7 @@ def test_uniform_probabilities_take_floor_pe_plus_one():
     for p, expected in [(0.0, 1), (0.25, 3), (0.4, 4), (0.5, 5), (0.99, 8), (1.0, 8)]:
         router = TopP(num_experts=E, p=p)
         variables = jax.tree.map(
-            lambda a: a * 0 if a.ndim == 2 else a, router.init(jax.random.key(0), X)
+            lambda a: a * 0 if a.ndim == 2 else a, jax.jit(router.init)(jax.random.key(0), X)
         )
         plan, losses = router.apply(variables, X)
         assert (plan.counts() == expected).all()

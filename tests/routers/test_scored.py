@@ -20,7 +20,7 @@ KEY = jax.random.key(1)
 
 
 def made(router, **collections):
-    variables = nn.unbox(router.init({"params": KEY, "router": KEY}, X))
+    variables = nn.unbox(jax.jit(router.init)({"params": KEY, "router": KEY}, X))
     params = {k: v * 40 if k == "kernel" else v for k, v in variables["params"].items()}
     return {**variables, "params": params, **collections}
 
@@ -209,7 +209,7 @@ def test_hash_is_a_function_of_the_token_and_even():
 
 def test_cosine_scores_do_not_depend_on_the_length_of_a_row():
     router = routers.TopK(num_experts=E, k=2, scorer="cosine")
-    variables = nn.unbox(router.init({"params": KEY}, X))
+    variables = nn.unbox(jax.jit(router.init)({"params": KEY}, X))
     plan, _ = router.apply(variables, X)
     longer, _ = router.apply(variables, 7.5 * X)
     np.testing.assert_allclose(plan.weights, longer.weights, rtol=1e-4)
@@ -235,7 +235,7 @@ def test_random_free_draws_the_number_of_networks():
         num_experts=E, k=2, free_experts=3, histogram=(0.2, 0.5, 0.3), null_experts=1
     )
     x = jnp.asarray(RNG.normal(size=(4000, D)), jnp.float32)
-    variables = nn.unbox(router.init({"params": KEY}, x[:2]))
+    variables = nn.unbox(jax.jit(router.init)({"params": KEY}, x[:2]))
     plan, _ = router.apply(variables, x, train=True, rngs={"router": KEY})
     networks = (np.asarray(plan.experts) < 5).sum(axis=1)
     np.testing.assert_allclose(np.bincount(networks) / 4000, [0.2, 0.5, 0.3], atol=0.03)

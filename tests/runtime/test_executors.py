@@ -46,7 +46,7 @@ IMAGES = np.random.default_rng(0).normal(size=(22, 4, 4, 1)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def variables():
-    found = nn.meta.unbox(build().init(jax.random.key(0), IMAGES[:2]))
+    found = nn.meta.unbox(jax.jit(build().init)(jax.random.key(0), IMAGES[:2]))
     # Larger heads, so that confidences differ.
     return jax.tree.map(lambda leaf: leaf, found) | {
         "params": jax.tree.map(lambda p: 2 * p, found["params"])
@@ -130,7 +130,7 @@ def test_thresholds_and_batch_sizes_do_not_recompile(variables):
     net = from_model(build(), variables, IMAGES.shape)
     host = HostExecutor(net, IMAGES, capacity=16, buckets=(1, 4, 16)).warm_up()
     programs = host.compilations
-    assert programs <= DEPTH * 3
+    assert programs == 3 * 3 < DEPTH * 3  # blocks between the first and the last share theirs
     for tau, batch in ((0.0, 1), (0.5, 7), (0.8, 16), (1.1, 5)):
         host.thresholds[:-1] = tau
         result = host(IMAGES[:batch])

@@ -125,7 +125,7 @@ def classifier():
         ODEBlock, functools.partial(MLPField, 8, gain=4.0), ODESolver(max_steps=64), augment=1
     )
     net = ContinuousClassifier(classes=3, core=core, stem=functools.partial(DenseStem, 6))
-    return net, nn.meta.unbox(net.init(jax.random.key(0), x)), x
+    return net, nn.meta.unbox(jax.jit(net.init)(jax.random.key(0), x)), x
 
 
 def test_a_classifier_gives_its_logits_segment_by_segment(classifier):
