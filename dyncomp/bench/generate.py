@@ -24,7 +24,7 @@ STEPS, PAIRS = generate_peer.STEPS, generate_peer.PAIRS
 PEER_GOALS = {"float32": 3.0, "bfloat16": 1.5}
 PREFILLS, PREFILL_GOAL, PREFILL_PAIRS = (512, 2048), 1.15, 12
 ROOFLINE = 0.6
-SAVINGS = {"skip_2x": 0.9, "exit_half": 0.8}
+SAVINGS = {"skip_2x": 0.9, "exit_half": 0.8, "exit_mixed": 0.8}
 DECODE = "seconds of transformers / ours, a greedily decoded token; {dtype}, batch {b}, {s} tokens of context"
 BOUND = "(bytes of weights and cache / measured bandwidth) / seconds of a step; {dtype}, batch {b}, {s} tokens"
 PREFILL = "seconds of transformers / ours, a prompt of {s} tokens; float32"
@@ -36,7 +36,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     if quick:
         return [
             _bound("float32", 1, 32, quick),
-            _saved("skip_2x", quick),
+            _saved("exit_mixed", quick),
             generate_switch.row(quick),
         ]
     found = [_bound("float32", b, s, quick) for b, s in CASES]
@@ -90,7 +90,7 @@ def bound(dtype: str, batch: int, context: int, quick: bool) -> dict[str, Any]:
 def stepper(
     policy: Any, batch: int, context: int, dtype: str, quick: bool, controls: Any = None
 ) -> tuple[Callable[[], None], Generator, Callable[[], dict[str, float]]]:
-    """A call that decodes `STEPS` tokens and waits, its generator, and a call for the FLOPs of one step.
+    """A call that decodes `STEPS` tokens and waits, its generator, and a call for the mean FLOPs of all steps so far.
 
     The cache has ``context`` slots; the prompt is so long that all calls of a measurement fit.
     """
@@ -101,17 +101,20 @@ def stepper(
     key, mask = jax.random.key(0), np.ones(tokens.shape, bool)
     given = generator.variables, tokens, mask, context, controls, key
     state = [generator._prefill(*given)[0]]
-    last: list[Any] = []
+    counted: list[Any] = []
 
     def run() -> None:
         for _ in range(STEPS):
             given = generator.variables, state[0], controls, key
-            state[0], *last[:] = generator._step(*given)
-        jax.block_until_ready(last[0])
+            state[0], told, events = generator._step(*given)
+            counted.append(events)
+        jax.block_until_ready(told)
 
     def spent() -> dict[str, float]:
-        ledger = Ledger(generator.costs()).record(jax.device_get(last[1]))
-        return {name: ledger.total(name) for name in ("needed", "executed")}
+        ledger = Ledger(generator.costs())
+        for events in jax.device_get(counted):
+            ledger.record(events)
+        return {name: ledger.total(name) / len(counted) for name in ("needed", "executed")}
 
     return run, generator, spent
 
@@ -148,11 +151,28 @@ def saved(case: str, quick: bool) -> dict[str, Any]:
         "skip_2x": (KeepLayers(evenly(model.depth, 2)), None),
         "exit_half": (ExitEarly(half), jnp.zeros(1)),  # everyone leaves
     }
-    policy, controls = policies[case]
+    policy, controls = mixed(quick) if case == "exit_mixed" else policies[case]
     ours, _, spent = stepper(policy, batch, context, "float32", quick, controls)
     peer, _, whole = stepper(FullDepth(), batch, context, "float32", quick)
     pairs = timing.interleaved(ours, peer, 3 if quick else PAIRS)
     return {"pairs": vars(pairs), **spent(), "needed_peer": whole()["needed"]}
+
+
+def mixed(quick: bool) -> tuple[ExitEarly, Any]:
+    """Exits after one and two thirds of the blocks, and thresholds with which half of those that get there leave."""
+    model, variables = generate_peer.subject("float32", quick)
+    policy = ExitEarly((model.depth // 3, 2 * model.depth // 3))
+    generator, found = Generator(model, variables, policy), np.full(2, 2.0, np.float32)
+    prompt = generate_peer.prompt(model.vocab_size, 1, generate_peer.prompt_length(32 if quick else 512))
+    for place, depth in enumerate(policy.exits):
+        low, high = 1e-6, 1.0
+        for _ in range(2 if quick else 12):
+            found[place] = np.sqrt(low * high)
+            (one,) = generator.generate(prompt.tolist(), 4 if quick else 48, controls=found)
+            depths = np.asarray(one.depths[1:])
+            many = np.sum(depths == depth) > np.sum(depths >= depth) / 2
+            low, high = (found[place], high) if many else (low, found[place])
+    return policy, found
 
 
 def _against(dtype: str, batch: int, context: int) -> dict[str, Any]:
