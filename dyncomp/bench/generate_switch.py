@@ -16,7 +16,7 @@ PERIODS, PROMPT = 3, 380
 FOREVER = 1 << 20
 REFERENCE = (
     "(share x seconds of large + (1 - share) x seconds of small) / seconds of switching, a token; each alone in the "
-    "plain generator; float32, batch 1, 400 to 500 tokens of context, large share 0.30; small: the first fifth of the blocks"
+    "plain generator; float32, batch 1, 400 to 500 tokens of context, large share 0.30; small: a fifth of the blocks"
 )
 
 
