@@ -163,7 +163,9 @@ def mixed(quick: bool) -> tuple[ExitEarly, Any]:
     model, variables = generate_peer.subject("float32", quick)
     policy = ExitEarly((model.depth // 3, 2 * model.depth // 3))
     generator, found = Generator(model, variables, policy), np.full(2, 2.0, np.float32)
-    prompt = generate_peer.prompt(model.vocab_size, 1, generate_peer.prompt_length(32 if quick else 512))
+    prompt = generate_peer.prompt(
+        model.vocab_size, 1, generate_peer.prompt_length(32 if quick else 512)
+    )
     for place, depth in enumerate(policy.exits):
         low, high = 1e-6, 1.0
         for _ in range(2 if quick else 12):
