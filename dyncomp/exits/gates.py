@@ -8,7 +8,8 @@ from jax import lax
 from dyncomp.core.dtypes import DTypes, widened
 from dyncomp.core.ledger import Cost
 from dyncomp.core.sharding import param
-from dyncomp.core.typing import Array, Float, Int
+from dyncomp.core.typing import Array, Float
+from dyncomp.exits.heads import Exit
 
 FEATURES = 4
 
@@ -45,9 +46,7 @@ class ExitGates(nn.Module):
     dtypes: DTypes = DTypes()
 
     @nn.compact
-    def __call__(
-        self, logits: Float[Array, "*y b c"], index: int | Int[Array, ""] | None = None
-    ) -> Array:
+    def __call__(self, logits: Float[Array, "*y b c"], index: Exit | None = None) -> Array:
         """Gate logits [y b] from head logits [y b c]; with ``index`` [b] from [b c]."""
         small = nn.initializers.normal(0.01)
         u = gate_features(logits)

@@ -264,7 +264,7 @@ def batches(net: Segmented, images: Any, lengths: Any, seed: int) -> dict[str, A
     rng, found = np.random.default_rng(seed), {}
     run = HostExecutor(net, images, capacity=BATCH, buckets=(1, 4, 16, 64)).warm_up()
     all_of_it = MaskedExecutor(net)
-    wanted = run.compilations
+    wanted = len(net.segments) * len(run.buckets)
     for size in rng.integers(1, BATCH + 1, lengths["batches"]):
         run(images[:size])
     found["programs_host"] = {"programs": run.compilations, "extra": run.compilations - wanted}
